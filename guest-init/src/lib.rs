@@ -1,1 +1,102 @@
-//! (room)
+//! The wire between the host and PID 1 of a microVM.
+//!
+//! It may touch nothing but the bytes it is given: no I/O, no clock, no allocation, no dependency.
+//! Both ends use it, and a snapshot keeps a guest that speaks it, so it is versioned and its
+//! bytes are pinned by golden tests.
+//!
+//! # A frame
+//!
+//! Little endian, a header of 12 bytes and at most 64 KiB of payload:
+//!
+//! ```text
+//! 0     1      2          4         8       12
+//! kind  flags  reserved   stream    len     payload ...
+//! u8    u8     u16 = 0    u32       u32     len bytes
+//! ```
+//!
+//! # A connection
+//!
+//! ```text
+//! guest                                   host
+//!   Hello                           -->
+//!   Started{RESUMED} per survivor   -->
+//!                                   <--   Adopt                 (clock, hostname, entropy)
+//!   Adopted                         -->
+//!                                   <--   Exec(stream)          (the host picks the stream's number)
+//!   Started | ExecFailed            -->
+//!                                   <--   Stdin ... StdinEof    (within the stdin window)
+//!   StdinWindow ...                 -->
+//!   Stdout, Stderr ...              -->                         (within the stream's window)
+//!                                   <--   Window ...
+//!   Exited                          -->                         (last word about that stream)
+//! ```
+//!
+//! **Windows.** A new stream has [`INITIAL_WINDOW_BYTES`] of credit for stdout and stderr together,
+//! and as much for stdin. Payload bytes use credit up; `Window` and `StdinWindow` add to it. The
+//! agent does not read a command's pipes without credit, and the host must not send stdin without:
+//! more stdin than credit is a protocol error.
+//!
+//! **Reconnecting.** Commands outlive a connection. On the next one the agent names every
+//! survivor with `Started` and [`STARTED_RESUMED`]; such a stream begins with *no* credit either way, so
+//! a host grants `Window` if it wants the output, and the agent grants `StdinWindow` for the room it has.
+//!
+//! **Errors.** A frame that cannot be understood is answered with `Error` and the connection is
+//! closed; commands go on.
+#![no_std]
+#![forbid(unsafe_code)]
+
+mod wire;
+
+pub use wire::decode::{Decoder, Frame};
+pub use wire::fields::Strings;
+pub use wire::to_guest::{Adopt, Exec, ExecRequest, ToGuest, parse_user};
+pub use wire::to_host::{ErrorCode, ExecFailed, Exited, Hello, Outcome, Stage, ToHost};
+pub use wire::{Header, Kind, WireError};
+
+/// Version of everything in this crate; the first two payload bytes of `Hello`, for ever.
+pub const VERSION: u16 = 1;
+/// Bytes of a frame's header.
+pub const HEADER_BYTES: usize = 12;
+/// Most payload bytes one frame may carry.
+pub const PAYLOAD_MAX_BYTES: usize = 64 * 1024;
+/// Most bytes of a whole frame.
+pub const FRAME_MAX_BYTES: usize = HEADER_BYTES + PAYLOAD_MAX_BYTES;
+/// Credit that a new stream starts with, for its output and for its stdin.
+pub const INITIAL_WINDOW_BYTES: u32 = 256 * 1024;
+/// The host's vsock address, which the agent connects to.
+pub const HOST_CID: u32 = 2;
+/// The vsock port of both: the agent connects to it on the host, and listens on it in the guest.
+pub const AGENT_PORT: u32 = 1024;
+
+/// Most bytes of a text in `ExecFailed` and `Error`.
+pub const TEXT_MAX_BYTES: usize = 256;
+/// Most bytes of the build version in `Hello`.
+pub const BUILD_MAX_BYTES: usize = 64;
+/// Most bytes of entropy in `Adopt`.
+pub const ENTROPY_MAX_BYTES: usize = 256;
+/// Most bytes of the host name in `Adopt` (Linux's `__NEW_UTS_LEN`).
+pub const HOSTNAME_MAX_BYTES: usize = 64;
+
+/// `Exec`: a pseudo-terminal is the command's stdin, stdout and stderr.
+pub const EXEC_PTY: u8 = 1 << 0;
+/// `Exec`: stdin comes from the host (else it is `/dev/null`). Implied by [`EXEC_PTY`].
+pub const EXEC_STDIN: u8 = 1 << 1;
+/// `Exec`: the environment is exactly the given one, without the agent's PATH, HOME and TERM.
+pub const EXEC_CLEAN_ENV: u8 = 1 << 2;
+/// `Exec`: run as the given uid and gid (else as root).
+pub const EXEC_USER: u8 = 1 << 3;
+/// `Exec`: `Started` need not be sent at once, it may travel with the first output or the exit.
+/// A short command then costs one packet instead of two or three.
+pub const EXEC_LAZY_STARTED: u8 = 1 << 4;
+
+/// `Started`: the command runs since an earlier connection.
+pub const STARTED_RESUMED: u8 = 1 << 0;
+
+/// `Adopted`: the wall clock could not be set.
+pub const ADOPT_FAILED_CLOCK: u8 = 1 << 0;
+/// `Adopted`: the host name could not be set.
+pub const ADOPT_FAILED_HOSTNAME: u8 = 1 << 1;
+/// `Adopted`: the entropy could not be added.
+pub const ADOPT_FAILED_ENTROPY: u8 = 1 << 2;
+
+const _: () = assert!(HEADER_BYTES == 12 && FRAME_MAX_BYTES == 65_548);

@@ -1,1 +1,131 @@
-//! (room)
+//! What the tests of the whole stand on: one Linux microVM that a test binary boots once and shares, bare
+//! kernels of a few bytes for what Linux cannot be asked to do, and the built `peregrine` command.
+
+pub mod bare;
+
+use peregrine::artefacts::{Artefacts, Wanted};
+use peregrine_image::Lines;
+use peregrine_vmm::agent::{Agent, Boot, Command, Output};
+use peregrine_vmm::{DiskConfig, MicroVm, VmConfig};
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::OnceLock;
+use std::time::Duration;
+
+/// Longer than any boot, however loaded the machine is.
+pub const BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+
+/// Is there a KVM to test on? Without one the calling test must return, and this says so where people see it.
+/// With `PEREGRINE_REQUIRE_KVM` set (CI does) a test that would skip fails.
+#[must_use]
+pub fn kvm_or_skip(test: &str) -> bool {
+    match peregrine_vmm::vm::open_kvm() {
+        Ok(_) => true,
+        Err(e) => {
+            assert!(
+                std::env::var_os("PEREGRINE_REQUIRE_KVM").is_none(),
+                "{test} needs KVM, and PEREGRINE_REQUIRE_KVM forbids skipping it: {e}"
+            );
+            eprintln!("SKIPPED {test}: {e}");
+            false
+        }
+    }
+}
+
+/// The kernel, agent disk and default image, built once for all tests.
+///
+/// # Panics
+/// If they cannot be built.
+pub fn artefacts() -> &'static Artefacts {
+    static ARTEFACTS: OnceLock<Artefacts> = OnceLock::new();
+    ARTEFACTS.get_or_init(|| {
+        Artefacts::prepare(&Wanted::default(), &mut Lines::new(std::io::stderr()))
+            .unwrap_or_else(|e| panic!("artefacts: {e}"))
+    })
+}
+
+/// A configuration of the default image with `vcpus` and `mem_mib`.
+#[must_use]
+pub fn config(vcpus: u32, mem_mib: u64) -> VmConfig {
+    let a = artefacts();
+    let disk = |path: &PathBuf| DiskConfig { path: path.clone(), read_only: true };
+    VmConfig {
+        kernel: a.kernel.clone(),
+        vcpus,
+        mem_mib,
+        disks: vec![disk(&a.agent_disk), disk(&a.image)],
+        kernel_parameters: String::new(),
+        verbose: false,
+        profile: None,
+    }
+}
+
+/// A booted guest and its agent.
+pub struct Guest {
+    /// The microVM.
+    pub vm: MicroVm,
+    /// Its agent.
+    pub agent: Agent,
+    /// What PID 1 said of its start.
+    pub boot: Boot,
+}
+
+impl Guest {
+    /// Boots `config` up to an adopted agent.
+    ///
+    /// # Panics
+    /// If it does not come up; with the console's text.
+    #[must_use]
+    pub fn boot(config: &VmConfig) -> Self {
+        let vm =
+            MicroVm::boot(config.check().unwrap_or_else(|e| panic!("{e}"))).unwrap_or_else(|e| panic!("{e}"));
+        let (agent, boot) = vm.connect_agent(BOOT_TIMEOUT).unwrap_or_else(|e| {
+            panic!("{e}; stop reason {:?}; console:\n{}", vm.stop_reason(), vm.console_text())
+        });
+        Self { vm, agent, boot }
+    }
+
+    /// Runs a shell script in the guest.
+    ///
+    /// # Panics
+    /// If the guest is lost; with its stop reason.
+    pub fn sh(&mut self, script: &str) -> Output {
+        self.run(&["/bin/sh", "-c", script], b"")
+    }
+
+    /// Runs a command in the guest with `stdin`.
+    ///
+    /// # Panics
+    /// If the guest is lost; with its stop reason.
+    pub fn run(&mut self, argv: &[&str], stdin: &[u8]) -> Output {
+        self.agent.output(&Command::new(argv), stdin).unwrap_or_else(|e| {
+            panic!("{e}; stop reason {:?}; console:\n{}", self.vm.stop_reason(), self.vm.console_text())
+        })
+    }
+}
+
+/// The release build of the `peregrine` command, built on first use.
+///
+/// # Panics
+/// If it cannot be built.
+pub fn peregrine() -> &'static Path {
+    static BINARY: OnceLock<PathBuf> = OnceLock::new();
+    BINARY.get_or_init(|| {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let output = process::Command::new(env!("CARGO"))
+            .args(["build", "--release", "--locked", "-p", "peregrine", "--message-format=json"])
+            .current_dir(&root)
+            .stderr(process::Stdio::inherit())
+            .output()
+            .unwrap_or_else(|e| panic!("cargo: {e}"));
+        assert!(output.status.success(), "cargo build failed");
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let path = text
+            .lines()
+            .filter_map(|l| l.split_once("\"executable\":\"").map(|(_, rest)| rest))
+            .filter_map(|rest| rest.split_once('"').map(|(path, _)| path))
+            .find(|path| path.ends_with("/peregrine"))
+            .unwrap_or_else(|| panic!("cargo named no executable"));
+        PathBuf::from(path)
+    })
+}

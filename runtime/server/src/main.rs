@@ -1,2 +1,9 @@
-//! The peregrine command.
-fn main() {}
+//! The `peregrine` command: parses its arguments, does one verb, exits with one code.
+
+mod cli;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    cli::main()
+}

@@ -1,1 +1,28 @@
-//! (room)
+//! Peregrine's virtual machine monitor: one Linux microVM on KVM.
+//!
+//! What it is: guest memory, direct 64-bit boot, vCPU threads, virtio-mmio devices on one `io_uring`
+//! event loop, and the instruction assist that lets a guest kernel run where KVM emulates ring 0.
+//! What it may touch: `/dev/kvm`, the files it is handed, and the guest's own memory. What it must
+//! not: find or build kernels and images (`runtime/image`), parse command lines or speak HTTP
+//! (`runtime/server`).
+//!
+//! Unsafe code lives in [`memory`] and [`sys`] (and the event loop's `ring`), nowhere else.
+
+pub mod agent;
+pub mod arch;
+pub mod assist;
+mod assist_state;
+pub mod console;
+pub mod devices;
+mod error;
+pub mod event_loop;
+pub mod host;
+pub mod memory;
+pub mod profile;
+pub mod stats;
+mod sys;
+pub mod vcpu;
+pub mod vm;
+
+pub use error::VmmError;
+pub use vm::{DiskConfig, MicroVm, StopReason, VmConfig};

@@ -1,0 +1,189 @@
+//! Samples of one promise in an HDR histogram, and the row of the report that they become.
+
+use crate::machine::Machine;
+use hdrhistogram::Histogram;
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+
+/// What is promised, and to whom it is compared: a row's definition.
+#[derive(Debug, Clone, Copy)]
+pub struct Promise {
+    /// Its name in the table of promises.
+    pub name: &'static str,
+    /// From which moment to which, in words.
+    pub definition: &'static str,
+    /// Goal for the median, in the row's unit; none where there is only a report.
+    pub goal_p50: Option<f64>,
+    /// Goal for the 99.9th percentile.
+    pub goal_p999: Option<f64>,
+}
+
+/// Unit of a row's figures.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unit {
+    /// Milliseconds, kept as microseconds.
+    Milliseconds,
+    /// A count, such as emulated guest instructions, in thousands.
+    Thousands,
+}
+
+impl Unit {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Milliseconds => "ms",
+            Self::Thousands => "thousand",
+        }
+    }
+}
+
+/// Samples of one promise in one variant.
+#[derive(Debug)]
+pub struct Recorder {
+    promise: Promise,
+    variant: String,
+    unit: Unit,
+    // Three significant digits from 1 to an hour of microseconds.
+    samples: Histogram<u64>,
+}
+
+const LARGEST: u64 = 3_600_000_000;
+
+impl Recorder {
+    /// An empty recorder.
+    ///
+    /// # Panics
+    /// Never: the histogram's bounds are constants that it accepts.
+    #[must_use]
+    pub fn new(promise: Promise, variant: impl Into<String>, unit: Unit) -> Self {
+        let samples = Histogram::new_with_bounds(1, LARGEST, 3).unwrap_or_else(|e| panic!("{e}"));
+        Self { promise, variant: variant.into(), unit, samples }
+    }
+
+    /// Adds a duration.
+    pub fn duration(&mut self, sample: Duration) {
+        self.samples.saturating_record(u64::try_from(sample.as_micros()).unwrap_or(LARGEST));
+    }
+
+    /// Adds a count.
+    pub fn count(&mut self, sample: u64) {
+        self.samples.saturating_record(sample);
+    }
+
+    fn at(&self, quantile: f64) -> f64 {
+        self.samples.value_at_quantile(quantile) as f64 / 1000.0
+    }
+
+    /// The row of the report.
+    #[must_use]
+    pub fn row(&self, machine: &Machine) -> Row {
+        Row {
+            promise: self.promise.name.to_owned(),
+            definition: self.promise.definition.to_owned(),
+            variant: self.variant.clone(),
+            unit: self.unit.name().to_owned(),
+            n: self.samples.len(),
+            p50: self.at(0.5),
+            p99: self.at(0.99),
+            p999: self.at(0.999),
+            goal_p50: self.promise.goal_p50,
+            goal_p999: self.promise.goal_p999,
+            host_kind: machine.host_kind.clone(),
+            cpu: machine.cpu.clone(),
+            commit: machine.commit.clone(),
+            date: machine.date.clone(),
+        }
+    }
+}
+
+/// One row of `bench/runs/latest.json`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Row {
+    /// Name of the promise.
+    pub promise: String,
+    /// What is measured, from where to where.
+    pub definition: String,
+    /// Which point of its scale axis.
+    pub variant: String,
+    /// Unit of the figures.
+    pub unit: String,
+    /// Samples.
+    pub n: u64,
+    /// Median.
+    pub p50: f64,
+    /// 99th percentile.
+    pub p99: f64,
+    /// 99.9th percentile.
+    pub p999: f64,
+    /// Goal for the median.
+    pub goal_p50: Option<f64>,
+    /// Goal for the 99.9th percentile.
+    pub goal_p999: Option<f64>,
+    /// Kind of KVM.
+    pub host_kind: String,
+    /// The host's CPU.
+    pub cpu: String,
+    /// Commit of the code measured.
+    pub commit: String,
+    /// Day of the run.
+    pub date: String,
+}
+
+/// The report for people: a Markdown table, with the change against the run before where there is one.
+#[must_use]
+pub fn markdown(rows: &[Row], before: &[Row], machine: &Machine) -> String {
+    let mut out = format!(
+        "# Bench report\n\n{}; {}; load average {} before the run; commit {}; {}.\n\n",
+        machine.host_kind, machine.cpu, machine.load, machine.commit, machine.date
+    );
+    out += "| promise | variant | unit | n | p50 | p99 | p99.9 | goal p50 | p50 before |\n";
+    out += "|---|---|---|---|---|---|---|---|---|\n";
+    for r in rows {
+        let goal = r.goal_p50.map_or_else(|| "-".to_owned(), |g| format!("{g}"));
+        let same = |b: &&Row| b.promise == r.promise && b.variant == r.variant && b.host_kind == r.host_kind;
+        let previous = before.iter().find(same).map_or_else(|| "-".to_owned(), |b| format!("{:.3}", b.p50));
+        out += &format!(
+            "| {} | {} | {} | {} | {:.3} | {:.3} | {:.3} | {goal} | {previous} |\n",
+            r.promise, r.variant, r.unit, r.n, r.p50, r.p99, r.p999
+        );
+    }
+    out += "\nWith fewer than 1,000 samples p99.9 is the slowest sample seen, not an estimate.\n\n";
+    let mut named = Vec::new();
+    for r in rows {
+        if !named.contains(&&r.promise) {
+            out += &format!("- **{}**: {}.\n", r.promise, r.definition);
+            named.push(&r.promise);
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PROMISE: Promise =
+        Promise { name: "boot to PID 1", definition: "a to b", goal_p50: Some(6000.0), goal_p999: None };
+
+    #[test]
+    fn a_row_gives_percentiles_in_its_unit() {
+        let mut recorder = Recorder::new(PROMISE, "256 MiB", Unit::Milliseconds);
+        for ms in 1..=1000 {
+            recorder.duration(Duration::from_millis(ms));
+        }
+        let row = recorder.row(&Machine::of_this_host());
+        assert_eq!(row.n, 1000);
+        assert!((row.p50 - 500.0).abs() < 1.0, "{}", row.p50);
+        assert!((row.p999 - 999.0).abs() < 2.0, "{}", row.p999);
+    }
+
+    #[test]
+    fn the_report_names_every_definition_once_and_the_run_before() {
+        let machine = Machine::of_this_host();
+        let mut recorder = Recorder::new(PROMISE, "256 MiB", Unit::Milliseconds);
+        recorder.duration(Duration::from_millis(5));
+        let row = recorder.row(&machine);
+        let text = markdown(&[row.clone(), row.clone()], &[Row { p50: 7.0, ..row }], &machine);
+        assert_eq!(text.matches("a to b").count(), 1);
+        assert!(text.contains("| 7.000 |"), "{text}");
+    }
+}

@@ -1,0 +1,30 @@
+//! What can go wrong at the command line, each with what to do about it.
+
+use peregrine_vmm::{StopReason, VmmError};
+
+/// A failed command.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CliError {
+    #[error(transparent)]
+    Vmm(#[from] VmmError),
+    #[error(transparent)]
+    Image(#[from] peregrine_image::Error),
+    #[error("{0}")]
+    Stopped(StopReason),
+    #[error("the guest's agent did not answer within {seconds} s of boot{hint}")]
+    NoAgent { seconds: u64, hint: String },
+    #[error(transparent)]
+    Agent(#[from] peregrine_vmm::agent::AgentError),
+    #[error("{what}: {source}")]
+    Io { what: &'static str, source: std::io::Error },
+    #[error("--env {given:?}: must be NAME=VALUE, NAME without '=' or NUL and not empty")]
+    Env { given: String },
+    #[error("{what}: {given:?} {limit}")]
+    Argument { what: &'static str, given: String, limit: &'static str },
+}
+
+impl CliError {
+    pub(crate) fn io(what: &'static str) -> impl FnOnce(std::io::Error) -> Self {
+        move |source| Self::Io { what, source }
+    }
+}

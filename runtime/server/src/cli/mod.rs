@@ -1,0 +1,54 @@
+//! The command line. Each verb has a module; this one only parses, dispatches and prints errors.
+//!
+//! Exit codes: the command's own from `run`; 125 where Peregrine itself or the guest failed; 2 for bad usage.
+
+mod doctor;
+mod error;
+mod progress;
+mod run;
+mod session;
+mod stdio;
+mod timing;
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+pub(crate) use error::CliError;
+
+/// Exit code for failures of Peregrine or of the guest, as distinct from the command's own (as env(1) and
+/// container runtimes have it).
+pub(crate) const FAILURE: u8 = 125;
+
+/// Peregrine runs a command in a Linux microVM of its own.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, arg_required_else_help = true)]
+struct Args {
+    /// Where built kernels and images are kept [default: $PEREGRINE_CACHE, else the XDG cache directory]
+    #[arg(long, global = true, value_name = "DIR")]
+    cache: Option<PathBuf>,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Run(run::RunArgs),
+    Doctor(doctor::DoctorArgs),
+}
+
+/// Runs the command line of this process.
+pub(crate) fn main() -> ExitCode {
+    let args = Args::parse();
+    let result = match args.verb {
+        Verb::Run(run) => run::run(run, args.cache),
+        Verb::Doctor(doctor) => doctor::doctor(&doctor, args.cache),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("peregrine: {error}");
+            ExitCode::from(session::failure_code(&error))
+        }
+    }
+}

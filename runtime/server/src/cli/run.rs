@@ -1,0 +1,169 @@
+//! `peregrine run`: the main job. One sandbox, one command, its output as it comes, its exit code.
+
+use super::session::{self, Ended};
+use super::timing::Timing;
+use super::{CliError, progress, stdio};
+use clap::Args;
+use peregrine::artefacts::{Artefacts, Wanted};
+use peregrine_vmm::agent::{Command, Outcome};
+use peregrine_vmm::profile::Symbols;
+use peregrine_vmm::{DiskConfig, MicroVm, VmConfig};
+use std::ffi::OsString;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// How long a guest may take to boot before it is given up: over ten times the slowest seen.
+const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// How often `--profile-guest` looks at the guest's instruction pointer.
+const PROFILE_INTERVAL: Duration = Duration::from_millis(1);
+
+/// Run a command in a microVM of its own
+///
+/// The first run builds the guest kernel and the default image (bash, coreutils, python3) and says so. Standard
+/// input is forwarded; with a terminal on both ends the command gets a pseudo-terminal.
+///
+/// Exit code: the command's own; 128+n if signal n killed it; 126 if it cannot be executed, 127 if it is not
+/// found; 125 if Peregrine or the guest failed.
+///
+/// Ctrl-C is sent to the command; a second one ends the microVM. On a pseudo-terminal Ctrl-C is a key like any
+/// other, and Ctrl-] twice ends the microVM.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Root file system: a path to an EROFS image [default: the built-in Debian image]
+    #[arg(long, value_name = "PATH")]
+    image: Option<PathBuf>,
+    /// Guest kernel: a path to an uncompressed vmlinux [default: built from Debian's source]
+    #[arg(long, value_name = "PATH")]
+    kernel: Option<PathBuf>,
+    /// Virtual CPUs, 1 to 32
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    vcpus: u32,
+    /// Guest memory in MiB, 64 to what the host has
+    #[arg(long = "mem", default_value_t = 256, value_name = "MIB")]
+    mem_mib: u64,
+    /// Set an environment variable in the guest; may be repeated
+    #[arg(long = "env", short = 'e', value_name = "NAME=VALUE")]
+    env: Vec<OsString>,
+    /// Working directory of the command in the guest
+    #[arg(long, default_value = "/root", value_name = "DIR")]
+    cwd: OsString,
+    /// Network profile; only `none` exists so far: the guest has a loopback interface and nothing else
+    #[arg(long, default_value = "none", value_parser = ["none"], value_name = "PROFILE")]
+    network: String,
+    /// Never use a pseudo-terminal
+    #[arg(long)]
+    no_tty: bool,
+    /// Print the stages of the run and the guest's instruction counts to standard error
+    #[arg(long)]
+    timing: bool,
+    /// Print the outcome (and timing) as one JSON object on standard error
+    #[arg(long)]
+    json: bool,
+    /// Copy the guest kernel's console to standard error
+    #[arg(long)]
+    console: bool,
+    /// Sample the guest kernel while it runs; write folded stacks for a flame graph
+    #[arg(long, value_name = "FILE")]
+    profile_guest: Option<PathBuf>,
+    /// More kernel parameters
+    #[arg(long, default_value = "", value_name = "PARAMETERS", hide_default_value = true)]
+    kernel_parameters: String,
+    /// The command and its arguments
+    #[arg(last = true, required = true, value_name = "CMD")]
+    command: Vec<OsString>,
+}
+
+/// Does the verb; the value is the exit code.
+pub(crate) fn run(args: RunArgs, cache: Option<PathBuf>) -> Result<u8, CliError> {
+    let begun = Instant::now();
+    let command = command(&args)?;
+    // What needs no artefacts is checked before any is built.
+    peregrine_vmm::vm::check_size(args.vcpus, args.mem_mib)?;
+    peregrine_vmm::vm::open_kvm()?;
+    let wanted = Wanted { cache, kernel: args.kernel.clone(), image: args.image.clone() };
+    let artefacts = Artefacts::prepare(&wanted, progress::for_stderr().as_mut())?;
+    let checked = config(&args, &artefacts).check()?;
+    let mut timing = Timing::new(begun.elapsed());
+
+    let vm = Arc::new(MicroVm::boot(checked)?);
+    let result = session::run(&vm, &command, BOOT_TIMEOUT, &mut timing);
+    timing.finish(&vm);
+    vm.stop();
+    report(&args, &artefacts, &vm, &timing, &result)?;
+    result.map(Ended::exit_code)
+}
+
+fn command(args: &RunArgs) -> Result<Command, CliError> {
+    let bytes = |s: &OsString| s.as_bytes().to_vec();
+    let argv: Vec<Vec<u8>> = args.command.iter().map(bytes).collect();
+    let env = args.env.iter().map(|given| check_env(given)).collect::<Result<_, _>>()?;
+    let cwd = bytes(&args.cwd);
+    if !cwd.starts_with(b"/") {
+        return Err(CliError::Argument {
+            what: "--cwd",
+            given: args.cwd.to_string_lossy().into_owned(),
+            limit: "must be an absolute path",
+        });
+    }
+    let terminal = (!args.no_tty && stdio::is_terminal()).then(|| {
+        let size = stdio::size();
+        (size.rows, size.cols)
+    });
+    Ok(Command { argv, env, cwd, terminal, stdin: true })
+}
+
+fn check_env(given: &OsString) -> Result<Vec<u8>, CliError> {
+    let bytes = given.clone().into_vec();
+    match bytes.iter().position(|b| *b == b'=') {
+        Some(at) if at > 0 => Ok(bytes),
+        _ => Err(CliError::Env { given: given.to_string_lossy().into_owned() }),
+    }
+}
+
+fn config(args: &RunArgs, artefacts: &Artefacts) -> VmConfig {
+    let disk = |path: &PathBuf| DiskConfig { path: path.clone(), read_only: true };
+    VmConfig {
+        kernel: artefacts.kernel.clone(),
+        vcpus: args.vcpus,
+        mem_mib: args.mem_mib,
+        disks: vec![disk(&artefacts.agent_disk), disk(&artefacts.image)],
+        kernel_parameters: args.kernel_parameters.clone(),
+        verbose: args.console,
+        profile: args.profile_guest.is_some().then_some(PROFILE_INTERVAL),
+    }
+}
+
+/// Prints and writes what was asked for beside the command's own output.
+fn report(
+    args: &RunArgs,
+    artefacts: &Artefacts,
+    vm: &MicroVm,
+    timing: &Timing,
+    result: &Result<Ended, CliError>,
+) -> Result<(), CliError> {
+    if let Some(path) = &args.profile_guest {
+        let map = artefacts.system_map.as_ref().map_or(Ok(String::new()), std::fs::read_to_string);
+        let symbols = Symbols::parse(&map.map_err(CliError::io("cannot read System.map"))?);
+        std::fs::write(path, vm.samples().folded(&symbols))
+            .map_err(CliError::io("cannot write the guest profile"))?;
+    }
+    if args.json {
+        let (code, error) = match result {
+            Ok(ended) => (ended.exit_code(), None),
+            Err(error) => (session::failure_code(error), Some(error.to_string())),
+        };
+        let signal = match result {
+            Ok(Ended::Exited(Outcome::Signal(n))) => Some(*n),
+            _ => None,
+        };
+        let value = serde_json::json!({
+            "exit_code": code, "signal": signal, "error": error, "timing": timing,
+        });
+        eprintln!("{value}");
+    } else if args.timing {
+        eprint!("{}", timing.table());
+    }
+    Ok(())
+}

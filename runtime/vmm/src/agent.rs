@@ -1,0 +1,385 @@
+//! The host's end of the conversation with PID 1: says who the guest is, starts commands, passes bytes on.
+//!
+//! Blocking, over the Unix stream that stands for a vsock connection. What a guest sends is checked by the
+//! wire's decoder; a guest that breaks the protocol costs its own connection and nothing else.
+
+use guest_init::{
+    Adopt, Decoder, EXEC_LAZY_STARTED, EXEC_PTY, EXEC_STDIN, ExecFailed, ExecRequest, Exited,
+    FRAME_MAX_BYTES, INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES, ToGuest, ToHost, VERSION, WireError,
+};
+use std::io::{self, Read as _, Write as _};
+use std::ops::ControlFlow;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+pub use guest_init::{AGENT_PORT, Outcome, Stage};
+
+/// What can go wrong between host and agent.
+#[derive(Debug, thiserror::Error)]
+pub enum AgentError {
+    /// The connection ended; the microVM's stop reason says why.
+    #[error("the guest closed the connection")]
+    Closed,
+    /// The guest did not say what was due in time.
+    #[error("the guest did not answer within {0:?}")]
+    Timeout(Duration),
+    /// The connection failed.
+    #[error("connection to the guest: {0}")]
+    Io(io::Error),
+    /// The guest broke the protocol.
+    #[error("the guest broke the protocol: {0}")]
+    Wire(#[from] WireError),
+    /// The agent speaks another version.
+    #[error("the guest's agent speaks version {guest} of the protocol, this host speaks {VERSION}")]
+    Version {
+        /// Its version.
+        guest: u16,
+    },
+    /// The agent refused something.
+    #[error("the guest's agent refused: {0}")]
+    Refused(String),
+}
+
+impl AgentError {
+    fn io(e: io::Error, timeout: Option<Duration>) -> Self {
+        match (e.kind(), timeout) {
+            (io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut, Some(t)) => Self::Timeout(t),
+            (io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset, _) => Self::Closed,
+            _ => Self::Io(e),
+        }
+    }
+}
+
+/// The sending half: may be cloned and used from other threads.
+#[derive(Debug, Clone)]
+pub struct AgentWriter {
+    stream: Arc<Mutex<UnixStream>>,
+}
+
+impl AgentWriter {
+    /// Sends one message about `stream` (0 where it is about none).
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] when the guest is gone, [`AgentError::Wire`] when the message is too long.
+    pub fn send(&self, stream: u32, message: &ToGuest<'_>) -> Result<(), AgentError> {
+        let payload = if let ToGuest::Stdin(bytes) = message { bytes.len() } else { 1024 };
+        let mut frame = vec![0; (payload + 64).min(FRAME_MAX_BYTES)];
+        let len = message.encode(stream, &mut frame)?;
+        self.write(&frame[..len])
+    }
+
+    fn exec<S: AsRef<[u8]>>(&self, stream: u32, request: &ExecRequest<'_, S>) -> Result<(), AgentError> {
+        let mut frame = vec![0; FRAME_MAX_BYTES];
+        let len = request.encode(stream, &mut frame)?;
+        self.write(&frame[..len])
+    }
+
+    fn write(&self, frame: &[u8]) -> Result<(), AgentError> {
+        let mut socket = self.stream.lock().unwrap_or_else(PoisonError::into_inner);
+        socket.write_all(frame).map_err(|e| AgentError::io(e, None))
+    }
+}
+
+/// What the agent said of itself when it connected.
+#[derive(Debug, Clone, Copy)]
+pub struct Boot {
+    /// Guest boot clock at PID 1's first instruction.
+    pub entered: Duration,
+    /// Guest boot clock when it said hello.
+    pub now: Duration,
+    /// When the host heard that hello.
+    pub heard: Instant,
+}
+
+impl Boot {
+    /// When PID 1 executed its first instruction, on the host's clock: the guest's says how long before its
+    /// hello that was.
+    #[must_use]
+    pub fn pid1(&self) -> Instant {
+        let ago = self.now.saturating_sub(self.entered);
+        self.heard.checked_sub(ago).unwrap_or(self.heard)
+    }
+}
+
+/// Who a guest is told to be.
+#[derive(Debug, Clone)]
+pub struct Identity {
+    /// Its host name.
+    pub hostname: String,
+    /// Fresh entropy, used once.
+    pub entropy: [u8; 64],
+}
+
+impl Identity {
+    /// A new identity: fresh entropy from the host's kernel, and a host name derived from it.
+    ///
+    /// # Errors
+    /// If the host's kernel gives no random bytes.
+    pub fn fresh() -> io::Result<Self> {
+        let mut random = [0_u8; 72];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+        let mut entropy = [0; 64];
+        entropy.copy_from_slice(&random[..64]);
+        let name: String = random[64..68].iter().map(|b| format!("{b:02x}")).collect();
+        Ok(Self { hostname: format!("pg-{name}"), entropy })
+    }
+}
+
+/// A connection to a guest's agent.
+#[derive(Debug)]
+pub struct Agent {
+    socket: UnixStream,
+    writer: AgentWriter,
+    decoder: Decoder<Vec<u8>>,
+    timeout: Option<Duration>,
+    next_stream: u32,
+}
+
+/// A command to start in the guest.
+#[derive(Debug, Clone, Default)]
+pub struct Command {
+    /// The program and its arguments, without NUL.
+    pub argv: Vec<Vec<u8>>,
+    /// `NAME=VALUE` each.
+    pub env: Vec<Vec<u8>>,
+    /// Working directory, absolute.
+    pub cwd: Vec<u8>,
+    /// Rows and columns of its pseudo-terminal, if it is to have one.
+    pub terminal: Option<(u16, u16)>,
+    /// Its standard input comes from the host; else it is `/dev/null`.
+    pub stdin: bool,
+}
+
+impl Command {
+    /// A command with its arguments, in `/`, without standard input.
+    #[must_use]
+    pub fn new<S: AsRef<[u8]>>(argv: &[S]) -> Self {
+        Self {
+            argv: argv.iter().map(|a| a.as_ref().to_vec()).collect(),
+            cwd: b"/".to_vec(),
+            ..Self::default()
+        }
+    }
+}
+
+/// How a command ended, and all it wrote.
+#[derive(Debug)]
+pub struct Output {
+    /// Its exit code or signal; `Err` holds the exit code a shell would give for one that never started.
+    pub exit: Result<Exited, u8>,
+    /// What it wrote to standard output.
+    pub stdout: Vec<u8>,
+    /// What it wrote to standard error.
+    pub stderr: Vec<u8>,
+}
+
+impl Output {
+    /// The code a shell would report: 128+n for signal n, 126 or 127 for a command that never started.
+    #[must_use]
+    pub fn code(&self) -> u8 {
+        self.exit.map_or_else(|code| code, |exited| exited.shell_code())
+    }
+}
+
+impl Agent {
+    /// Takes over a fresh connection: reads the agent's hello within `timeout`.
+    ///
+    /// # Errors
+    /// [`AgentError::Timeout`], [`AgentError::Version`], or what broke.
+    pub fn greet(socket: UnixStream, timeout: Duration) -> Result<(Self, Boot), AgentError> {
+        let clone = socket.try_clone().map_err(AgentError::Io)?;
+        let mut agent = Self {
+            socket,
+            writer: AgentWriter { stream: Arc::new(Mutex::new(clone)) },
+            decoder: Decoder::new(vec![0; 2 * FRAME_MAX_BYTES])?,
+            timeout: None,
+            next_stream: 1,
+        };
+        agent.set_timeout(Some(timeout))?;
+        let boot = agent.pump(|_, message| match message {
+            ToHost::Hello(hello) if hello.version == VERSION => Ok(ControlFlow::Break(Boot {
+                entered: Duration::from_nanos(hello.entered_ns),
+                now: Duration::from_nanos(hello.now_ns),
+                heard: Instant::now(),
+            })),
+            ToHost::Hello(hello) => Err(AgentError::Version { guest: hello.version }),
+            other => Err(unexpected(&other)),
+        })?;
+        agent.set_timeout(None)?;
+        Ok((agent, boot))
+    }
+
+    /// Gives up waiting for the guest after `timeout` without a byte from it; `None` waits for ever.
+    ///
+    /// # Errors
+    /// If the socket refuses.
+    pub fn set_timeout(&mut self, timeout: Option<Duration>) -> Result<(), AgentError> {
+        self.timeout = timeout;
+        self.socket.set_read_timeout(timeout).map_err(AgentError::Io)
+    }
+
+    /// Tells the guest who it is and what time it is. Nothing may run in it before this is acknowledged.
+    ///
+    /// # Errors
+    /// [`AgentError::Refused`] naming what the guest could not do.
+    pub fn adopt(&mut self, identity: &Identity) -> Result<(), AgentError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let adopt = Adopt {
+            entropy: &identity.entropy,
+            wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+            hostname: identity.hostname.as_bytes(),
+        };
+        self.writer.send(0, &ToGuest::Adopt(adopt))?;
+        self.pump(|_, message| match message {
+            ToHost::Adopted { failed: 0 } => Ok(ControlFlow::Break(())),
+            ToHost::Adopted { failed } => {
+                Err(AgentError::Refused(format!("adopt failed (parts {failed:#x})")))
+            }
+            other => Err(unexpected(&other)),
+        })
+    }
+
+    /// The sending half.
+    #[must_use]
+    pub fn writer(&self) -> AgentWriter {
+        self.writer.clone()
+    }
+
+    /// Asks the guest to start `command` and returns the number of its stream.
+    ///
+    /// # Errors
+    /// [`AgentError::Wire`] for a command that does not fit one frame or holds a NUL.
+    pub fn exec(&mut self, command: &Command) -> Result<u32, AgentError> {
+        let stream = self.next_stream;
+        self.next_stream += 1;
+        let (rows, cols) = command.terminal.unwrap_or((0, 0));
+        let mut flags = EXEC_LAZY_STARTED;
+        if command.terminal.is_some() {
+            flags |= EXEC_PTY;
+        }
+        if command.stdin {
+            flags |= EXEC_STDIN;
+        }
+        let request = ExecRequest {
+            flags,
+            rows,
+            cols,
+            user: None,
+            cwd: &command.cwd,
+            argv: &command.argv,
+            env: &command.env,
+        };
+        self.writer.exec(stream, &request)?;
+        Ok(stream)
+    }
+
+    /// Hands every message of the guest to `on`, until it breaks with a value.
+    ///
+    /// # Errors
+    /// What `on` returns, or what ended the connection.
+    pub fn pump<T>(
+        &mut self,
+        mut on: impl FnMut(u32, ToHost<'_>) -> Result<ControlFlow<T>, AgentError>,
+    ) -> Result<T, AgentError> {
+        loop {
+            while let Some(frame) = self.decoder.next_frame()? {
+                let message = ToHost::parse(&frame)?;
+                if let ToHost::Error { code, text } = message {
+                    let text = String::from_utf8_lossy(text);
+                    return Err(AgentError::Refused(format!("{code:?}: {text}")));
+                }
+                if let ControlFlow::Break(value) = on(frame.stream, message)? {
+                    return Ok(value);
+                }
+            }
+            match self.socket.read(self.decoder.space()) {
+                Ok(0) => return Err(AgentError::Closed),
+                Ok(len) => self.decoder.filled(len),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return Err(AgentError::io(e, self.timeout)),
+            }
+        }
+    }
+
+    /// Runs `command` to its end with `stdin` as its input, and keeps all it writes in memory.
+    ///
+    /// # Errors
+    /// What ended the connection first.
+    pub fn output(&mut self, command: &Command, stdin: &[u8]) -> Result<Output, AgentError> {
+        let with_stdin = Command { stdin: !stdin.is_empty() || command.stdin, ..command.clone() };
+        let stream = self.exec(&with_stdin)?;
+        let writer = self.writer();
+        let mut feed = Feed::new(stream, stdin, with_stdin.stdin);
+        feed.send(&writer)?;
+        let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+        let exit = self.pump(|from, message| {
+            if from != stream {
+                return Ok(ControlFlow::Continue(()));
+            }
+            match message {
+                ToHost::Stdout(bytes) => keep(&writer, stream, bytes, &mut stdout)?,
+                ToHost::Stderr(bytes) => keep(&writer, stream, bytes, &mut stderr)?,
+                ToHost::StdinWindow { bytes } => {
+                    feed.credit += bytes as usize;
+                    feed.send(&writer)?;
+                }
+                ToHost::Exited(exited) => return Ok(ControlFlow::Break(Ok(exited))),
+                ToHost::ExecFailed(failed) => {
+                    stderr.extend_from_slice(failed_text(&failed).as_bytes());
+                    return Ok(ControlFlow::Break(Err(failed.shell_code())));
+                }
+                _ => {}
+            }
+            Ok(ControlFlow::Continue(()))
+        })?;
+        Ok(Output { exit, stdout, stderr })
+    }
+}
+
+/// Why a command did not start, in a shell's words.
+#[must_use]
+pub fn failed_text(failed: &ExecFailed<'_>) -> String {
+    let reason = io::Error::from_raw_os_error(failed.errno.cast_signed());
+    let text = String::from_utf8_lossy(failed.text);
+    let stage = if failed.stage == Stage::Exec { String::new() } else { format!(" ({:?})", failed.stage) };
+    format!("{text}: {reason}{stage}")
+}
+
+fn keep(writer: &AgentWriter, stream: u32, bytes: &[u8], into: &mut Vec<u8>) -> Result<(), AgentError> {
+    into.extend_from_slice(bytes);
+    writer.send(stream, &ToGuest::Window { bytes: bytes.len() as u32 })
+}
+
+fn unexpected(message: &ToHost<'_>) -> AgentError {
+    AgentError::Refused(format!("unexpected message {message:?}"))
+}
+
+/// Standard input on its way to a command, never more than its window.
+struct Feed<'a> {
+    stream: u32,
+    rest: &'a [u8],
+    credit: usize,
+    open: bool,
+}
+
+impl<'a> Feed<'a> {
+    fn new(stream: u32, bytes: &'a [u8], open: bool) -> Self {
+        Self { stream, rest: bytes, credit: INITIAL_WINDOW_BYTES as usize, open }
+    }
+
+    fn send(&mut self, writer: &AgentWriter) -> Result<(), AgentError> {
+        while self.open && !self.rest.is_empty() && self.credit > 0 {
+            let len = self.rest.len().min(self.credit).min(PAYLOAD_MAX_BYTES);
+            let (now, rest) = self.rest.split_at(len);
+            writer.send(self.stream, &ToGuest::Stdin(now))?;
+            self.rest = rest;
+            self.credit -= len;
+        }
+        if self.open && self.rest.is_empty() {
+            self.open = false;
+            writer.send(self.stream, &ToGuest::StdinEof)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,263 @@
+//! Tests of the assist on a machine made of plain data: a fake vCPU, 8 MiB of RAM with a hole, real
+//! page tables. `native.rs` alone runs the instructions themselves, to compare.
+
+mod arbitrary;
+mod decoding;
+mod integer;
+mod native;
+mod paging;
+mod system;
+mod xstate;
+
+use std::io;
+use std::sync::LazyLock;
+
+use kvm_bindings::{kvm_regs, kvm_sregs};
+use proptest::prelude::ProptestConfig;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+use super::{CpuState, Exception, HostCpu, Op, Unassisted, assist};
+
+pub(super) const PRESENT: u64 = 1;
+pub(super) const WRITABLE: u64 = 1 << 1;
+pub(super) const USER: u64 = 1 << 2;
+pub(super) const ACCESSED: u64 = 1 << 5;
+pub(super) const DIRTY: u64 = 1 << 6;
+pub(super) const LARGE: u64 = 1 << 7;
+pub(super) const KERNEL: u64 = PRESENT | WRITABLE;
+
+pub(super) const CR0_MP: u64 = 1 << 1;
+pub(super) const CR0_TS: u64 = 1 << 3;
+pub(super) const CR0_WP: u64 = 1 << 16;
+pub(super) const CR4_OSFXSR: u64 = 1 << 9;
+pub(super) const CR4_LA57: u64 = 1 << 12;
+pub(super) const CR4_FSGSBASE: u64 = 1 << 16;
+pub(super) const CR4_OSXSAVE: u64 = 1 << 18;
+pub(super) const CR4_SMAP: u64 = 1 << 21;
+pub(super) const CR4_PKE: u64 = 1 << 22;
+pub(super) const EFER_NXE: u64 = 1 << 11;
+pub(super) const RFLAGS_AC: u64 = 1 << 18;
+
+/// RAM is 0 to 4 MiB and 6 to 10 MiB.
+pub(super) const RAM: [(u64, usize); 2] = [(0, 4 << 20), (6 << 20, 4 << 20)];
+/// A guest-physical address in the hole.
+pub(super) const HOLE: u64 = 5 << 20;
+/// Where page tables start.
+const TABLES: u64 = 0x10_0000;
+/// Where code is.
+pub(super) const RIP: u64 = 0xffff_ffff_8100_0000;
+/// Eight writable kernel pages, and the RAM behind them.
+pub(super) const DATA: u64 = 0xffff_8880_0000_0000;
+pub(super) const DATA_GPA: u64 = 0x20_0000;
+pub(super) const DATA_PAGES: u64 = 8;
+
+/// Settings of the property tests: no files of failed seeds beside the sources.
+pub(super) fn cases(cases: u32) -> ProptestConfig {
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
+/// This processor; CPUID is slow in a virtual machine, so it is asked once.
+fn host() -> HostCpu {
+    static HOST: LazyLock<HostCpu> = LazyLock::new(HostCpu::detect);
+    HOST.clone()
+}
+
+/// A vCPU of plain data.
+pub(super) struct FakeCpu {
+    pub(super) regs: kvm_regs,
+    pub(super) sregs: kvm_sregs,
+    pub(super) image: Vec<u8>,
+    pub(super) commits: usize,
+    pub(super) xcr0: u64,
+    pub(super) msr: u64,
+    pub(super) injected: Vec<Exception>,
+}
+
+impl CpuState for FakeCpu {
+    fn regs(&self) -> &kvm_regs {
+        &self.regs
+    }
+
+    fn regs_mut(&mut self) -> &mut kvm_regs {
+        &mut self.regs
+    }
+
+    fn sregs(&self) -> &kvm_sregs {
+        &self.sregs
+    }
+
+    fn sregs_mut(&mut self) -> &mut kvm_sregs {
+        &mut self.sregs
+    }
+
+    fn xsave(&mut self) -> io::Result<&mut [u8]> {
+        Ok(&mut self.image)
+    }
+
+    fn commit_xsave(&mut self) -> io::Result<()> {
+        self.commits += 1;
+        Ok(())
+    }
+
+    fn xcr0(&mut self) -> io::Result<u64> {
+        Ok(self.xcr0)
+    }
+
+    fn msr(&mut self, _: u32) -> io::Result<u64> {
+        Ok(self.msr)
+    }
+
+    fn random(&mut self) -> io::Result<u64> {
+        Ok(0x0123_4567_89ab_cdef)
+    }
+
+    fn cmpxchg16(
+        &mut self,
+        mem: &GuestMemoryMmap<()>,
+        at: GuestAddress,
+        old: u128,
+        new: u128,
+    ) -> io::Result<u128> {
+        assert_eq!(at.0 % 16, 0, "the assist promises an aligned address");
+        let mut bytes = [0; 16];
+        mem.read_slice(&mut bytes, at).map_err(io::Error::other)?;
+        let found = u128::from_le_bytes(bytes);
+        if found == old {
+            mem.write_slice(&new.to_le_bytes(), at).map_err(io::Error::other)?;
+        }
+        Ok(found)
+    }
+
+    fn inject(&mut self, exception: Exception) {
+        self.injected.push(exception);
+    }
+}
+
+/// A fake vCPU with RAM and page tables.
+pub(super) struct Machine {
+    pub(super) cpu: FakeCpu,
+    pub(super) mem: GuestMemoryMmap<()>,
+    pub(super) host: HostCpu,
+    next_table: u64,
+}
+
+impl Machine {
+    /// Ring 0 of a 64-bit kernel, with [`DATA`] mapped.
+    pub(super) fn new() -> Self {
+        let ranges = RAM.map(|(start, len)| (GuestAddress(start), len));
+        let mut sregs = kvm_sregs {
+            cr0: 0x8005_0033 & !CR0_TS,
+            cr3: TABLES,
+            cr4: 0x20 | CR4_OSFXSR | CR4_OSXSAVE | CR4_FSGSBASE,
+            efer: 0x500 | EFER_NXE,
+            ..Default::default()
+        };
+        sregs.cs.l = 1;
+        sregs.cs.selector = 0x10;
+        let cpu = FakeCpu {
+            regs: kvm_regs { rip: RIP, rflags: 2, rsp: DATA + 0x800, ..Default::default() },
+            sregs,
+            image: native::initial_image(),
+            commits: 0,
+            xcr0: native::xcr0(),
+            msr: 0,
+            injected: Vec::new(),
+        };
+        let mut machine = Self {
+            cpu,
+            mem: GuestMemoryMmap::from_ranges(&ranges).unwrap(),
+            host: host(),
+            next_table: TABLES + 0x1000,
+        };
+        for page in 0..DATA_PAGES {
+            machine.map(DATA + page * 0x1000, DATA_GPA + page * 0x1000, KERNEL);
+        }
+        machine
+    }
+
+    /// Maps one 4 KiB page.
+    pub(super) fn map(&mut self, linear: u64, gpa: u64, flags: u64) {
+        self.map_at(linear, gpa, flags, 1);
+    }
+
+    /// Maps one page at a level: 1 is 4 KiB, 2 is 2 MiB, 3 is 1 GiB.
+    pub(super) fn map_at(&mut self, linear: u64, gpa: u64, flags: u64, level: u32) {
+        let large = if level > 1 { LARGE } else { 0 };
+        let at = self.entry(linear, level);
+        self.write_u64(at, gpa | flags | large);
+    }
+
+    /// Guest-physical address of the entry that maps `linear` at a level, making tables on the way.
+    pub(super) fn entry(&mut self, linear: u64, level: u32) -> u64 {
+        let top = if self.cpu.sregs.cr4 & CR4_LA57 == 0 { 4 } else { 5 };
+        let mut table = self.cpu.sregs.cr3;
+        for current in (1..=top).rev() {
+            let at = table + (linear >> (12 + 9 * (current - 1)) & 511) * 8;
+            if current == level {
+                return at;
+            }
+            let mut entry = self.read_u64(at);
+            if entry & PRESENT == 0 {
+                entry = self.next_table | KERNEL | USER;
+                self.next_table += 0x1000;
+                self.write_u64(at, entry);
+            }
+            table = entry & 0x000f_ffff_ffff_f000;
+        }
+        unreachable!("level {level}")
+    }
+
+    pub(super) fn read_u64(&self, gpa: u64) -> u64 {
+        self.mem.read_obj(GuestAddress(gpa)).unwrap()
+    }
+
+    pub(super) fn write_u64(&self, gpa: u64, value: u64) {
+        self.mem.write_obj(value, GuestAddress(gpa)).unwrap();
+    }
+
+    pub(super) fn bytes(&self, gpa: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.mem.read_slice(&mut bytes, GuestAddress(gpa)).unwrap();
+        bytes
+    }
+
+    pub(super) fn write(&self, gpa: u64, bytes: &[u8]) {
+        self.mem.write_slice(bytes, GuestAddress(gpa)).unwrap();
+    }
+
+    /// Does one instruction, whatever comes of it.
+    pub(super) fn run(&mut self, bytes: &[u8]) -> Result<Op, Unassisted> {
+        assist(&mut self.cpu, &self.host, &self.mem, bytes)
+    }
+
+    /// Does one instruction that must complete.
+    pub(super) fn done(&mut self, bytes: &[u8]) -> Op {
+        let rip = self.cpu.regs.rip;
+        let op = self.run(bytes).unwrap();
+        assert_eq!(self.cpu.injected, [], "no exception");
+        assert_eq!(self.cpu.regs.rip, rip.wrapping_add(bytes.len() as u64), "RIP is past it");
+        op
+    }
+
+    /// Does one instruction that must fault, and leave RIP and the extended state as they were.
+    pub(super) fn fault(&mut self, bytes: &[u8]) -> Exception {
+        let (rip, commits) = (self.cpu.regs.rip, self.cpu.commits);
+        self.run(bytes).unwrap();
+        assert_eq!(self.cpu.regs.rip, rip, "RIP stays at a fault");
+        assert_eq!(self.cpu.commits, commits, "no state is committed at a fault");
+        assert_eq!(self.cpu.injected.len(), 1, "one exception");
+        self.cpu.injected.remove(0)
+    }
+}
+
+pub(super) fn general_protection() -> Exception {
+    Exception { vector: 13, error_code: Some(0), cr2: None }
+}
+
+pub(super) fn page_fault(error_code: u32, cr2: u64) -> Exception {
+    Exception { vector: 14, error_code: Some(error_code), cr2: Some(cr2) }
+}
+
+pub(super) fn plain(vector: u8) -> Exception {
+    Exception { vector, error_code: None, cr2: None }
+}

@@ -1,0 +1,244 @@
+//! One virtual CPU: its first state, its thread and its exits.
+//!
+//! May touch: its own vCPU file descriptor, the console, the device bus, the assist. Must not: block on
+//! anything but KVM_RUN, nor know what the guest is for.
+
+use crate::VmmError;
+use crate::arch::boot;
+use crate::assist::{self, HostCpu};
+use crate::assist_state::VcpuState;
+use crate::console::Console;
+use crate::event_loop::Bus;
+
+use crate::memory::GuestMemory;
+use crate::sys::{kick, kvm as raw};
+use crate::vm::{Shared, StopReason};
+use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry};
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
+use std::sync::Arc;
+
+/// Port of the keyboard controller's command register: Linux resets through it (`reboot=k`).
+const RESET_PORT: u16 = 0x64;
+const RESET_COMMAND: u8 = 0xfe;
+
+/// What a vCPU needs to boot, the same for all of a microVM.
+pub(crate) struct VcpuSetup<'a> {
+    pub(crate) cpuid: &'a CpuId,
+    pub(crate) vcpus: u8,
+    /// Entry point of the kernel.
+    pub(crate) entry: u64,
+}
+
+/// Asks KVM which CPUID leaves it can virtualise. Software KVM takes and ignores them.
+pub(crate) fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, VmmError> {
+    kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("GET_SUPPORTED_CPUID"))
+}
+
+/// Creates a vCPU in its boot state. The order is CPUID, MSRs, FPU, special registers, registers, LAPIC:
+/// MSRs and CR4 bits are checked against CPUID, so it comes first.
+pub(crate) fn create(vm: &VmFd, index: u8, setup: &VcpuSetup<'_>) -> Result<VcpuFd, VmmError> {
+    let fd = vm.create_vcpu(u64::from(index)).map_err(VmmError::kvm("CREATE_VCPU"))?;
+    fd.set_cpuid2(&cpuid_of(setup.cpuid, index, setup.vcpus)).map_err(VmmError::kvm("SET_CPUID2"))?;
+    set_boot_msrs(&fd)?;
+    let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
+    fd.set_fpu(&fpu).map_err(VmmError::kvm("SET_FPU"))?;
+    if index == 0 {
+        // The others wait for INIT and SIPI in KVM's LAPIC and take their state from there.
+        let mut sregs = fd.get_sregs().map_err(VmmError::kvm("GET_SREGS"))?;
+        boot::set_boot_sregs(&mut sregs);
+        fd.set_sregs(&sregs).map_err(VmmError::kvm("SET_SREGS"))?;
+        fd.set_regs(&boot::boot_regs(setup.entry)).map_err(VmmError::kvm("SET_REGS"))?;
+    }
+    set_local_interrupts(&fd)?;
+    Ok(fd)
+}
+
+/// Gives each vCPU its own APIC id and all of them one topology: `vcpus` cores of one thread.
+fn cpuid_of(base: &CpuId, index: u8, vcpus: u8) -> CpuId {
+    const TSC_DEADLINE: u32 = 1 << 24;
+    const HYPERVISOR: u32 = 1 << 31;
+    let mut cpuid = base.clone();
+    for e in cpuid.as_mut_slice() {
+        match e.function {
+            // SDM vol. 2A, CPUID: initial APIC id and logical processor count.
+            1 => {
+                e.ebx = (e.ebx & 0xffff) | (u32::from(vcpus) << 16) | (u32::from(index) << 24);
+                e.ecx |= TSC_DEADLINE | HYPERVISOR;
+            }
+            // Extended topology: x2APIC id.
+            0xb | 0x1f => {
+                e.edx = u32::from(index);
+                match e.index {
+                    0 => (e.eax, e.ebx, e.ecx) = (0, 1, 1 << 8),
+                    1 => (e.eax, e.ebx, e.ecx) = (8, u32::from(vcpus), 1 | (2 << 8)),
+                    n => (e.eax, e.ebx, e.ecx) = (0, 0, n),
+                }
+            }
+            _ => {}
+        }
+    }
+    cpuid
+}
+
+fn set_boot_msrs(fd: &VcpuFd) -> Result<(), VmmError> {
+    const IA32_MISC_ENABLE: u32 = 0x1a0;
+    const FAST_STRING: u64 = 1;
+    const MTRR_DEF_TYPE: u32 = 0x2ff;
+    const MTRR_ENABLE_WRITE_BACK: u64 = (1 << 11) | 6;
+    let entries = [(IA32_MISC_ENABLE, FAST_STRING), (MTRR_DEF_TYPE, MTRR_ENABLE_WRITE_BACK)]
+        .map(|(index, data)| kvm_msr_entry { index, data, ..Default::default() });
+    let msrs = Msrs::from_entries(&entries).map_err(|e| VmmError::Memory(format!("{e:?}")))?;
+    let done = fd.set_msrs(&msrs).map_err(VmmError::kvm("SET_MSRS"))?;
+    match entries.get(done) {
+        Some(refused) => Err(VmmError::MsrsPartial { done, wanted: entries.len(), index: refused.index }),
+        None => Ok(()),
+    }
+}
+
+/// LINT0 takes the PIC's interrupts and LINT1 NMIs, as firmware would have left them (SDM vol. 3, 11.5.1).
+fn set_local_interrupts(fd: &VcpuFd) -> Result<(), VmmError> {
+    const LVT_LINT0: usize = 0x350;
+    const LVT_LINT1: usize = 0x360;
+    const EXT_INT: u32 = 0x700;
+    const NMI: u32 = 0x400;
+    let mut lapic = fd.get_lapic().map_err(VmmError::kvm("GET_LAPIC"))?;
+    set_lapic_mode(&mut lapic, LVT_LINT0, EXT_INT);
+    set_lapic_mode(&mut lapic, LVT_LINT1, NMI);
+    fd.set_lapic(&lapic).map_err(VmmError::kvm("SET_LAPIC"))
+}
+
+fn set_lapic_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
+    for (i, byte) in mode.to_le_bytes().into_iter().enumerate() {
+        let old = lapic.regs[register + i] as u8;
+        let keep = !0x700_u32.to_le_bytes()[i];
+        lapic.regs[register + i] = ((old & keep) | byte) as _;
+    }
+}
+
+/// What is left to do after an exit.
+enum Next {
+    Run,
+    Stop(StopReason),
+}
+
+/// A vCPU on its own thread.
+pub(crate) struct Vcpu {
+    pub(crate) fd: VcpuFd,
+    pub(crate) index: u8,
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) bus: Arc<Bus>,
+    pub(crate) mem: GuestMemory,
+    pub(crate) xsave: raw::XsaveArea,
+    pub(crate) host: Arc<HostCpu>,
+}
+
+impl Vcpu {
+    /// Runs until the microVM stops; the first vCPU to see a reason to stop says it for all.
+    pub(crate) fn run(mut self) {
+        match kick::prepare(&self.fd) {
+            Ok(kick) => self.shared.register_vcpu(self.index, kick),
+            Err(e) => {
+                self.shared.stop(StopReason::Host(format!("vCPU signals: {e}")));
+                return;
+            }
+        }
+        if self.index == 0 {
+            self.shared.note_entry();
+        }
+        while !self.shared.stopping() {
+            if let Next::Stop(reason) = self.step() {
+                self.shared.stop(reason);
+            }
+        }
+    }
+
+    fn step(&mut self) -> Next {
+        let exit = self.fd.run();
+        match exit {
+            Ok(VcpuExit::IoOut(RESET_PORT, [RESET_COMMAND])) => Next::Stop(self.shared.reset_reason()),
+            Ok(VcpuExit::IoOut(port, data)) => {
+                if Console::owns(port) {
+                    self.shared.console().write(port, data);
+                }
+                Next::Run
+            }
+            Ok(VcpuExit::IoIn(port, data)) => {
+                if Console::owns(port) {
+                    self.shared.console().read(port, data);
+                } else {
+                    // An absent device floats high, except the keyboard controller, which is idle.
+                    data.fill(if port == RESET_PORT { 0 } else { 0xff });
+                }
+                Next::Run
+            }
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                if !self.bus.read(address, data) {
+                    data.fill(0xff);
+                }
+                Next::Run
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => {
+                self.bus.write(address, data);
+                Next::Run
+            }
+            Ok(VcpuExit::InternalError) => self.internal_error(),
+            Ok(VcpuExit::Shutdown) => Next::Stop(StopReason::TripleFault { rip: self.rip() }),
+            Ok(VcpuExit::FailEntry(reason, cpu)) => Next::Stop(StopReason::Host(format!(
+                "KVM could not enter the guest on CPU {cpu}: hardware reason {reason:#x}"
+            ))),
+            Ok(VcpuExit::Hlt | VcpuExit::Intr) => Next::Run,
+            Ok(other) => {
+                let text = format!("unexpected VM exit {other:?}");
+                Next::Stop(StopReason::Host(text))
+            }
+            Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
+                self.kicked();
+                Next::Run
+            }
+            Err(e) => Next::Stop(StopReason::Host(format!("KVM_RUN failed: {e}"))),
+        }
+    }
+
+    fn kicked(&mut self) {
+        kick::consume();
+        // The kick interrupted KVM_RUN; whoever sent it may want to know where the guest was.
+        if self.index == 0
+            && self.shared.sampling()
+            && let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs())
+        {
+            self.shared.sample(sregs.cs.dpl == 0 && sregs.ss.dpl == 0, regs.rip);
+        }
+    }
+
+    fn rip(&self) -> u64 {
+        self.fd.get_regs().map_or(0, |regs| regs.rip)
+    }
+
+    /// KVM met an instruction that it cannot emulate: the assist does it, or the guest is dead.
+    fn internal_error(&mut self) -> Next {
+        let error = raw::internal_error(self.fd.get_kvm_run());
+        if error.suberror != KVM_INTERNAL_ERROR_EMULATION {
+            return Next::Stop(StopReason::Host(format!(
+                "KVM internal error {} at RIP {:#x}",
+                error.suberror,
+                self.rip()
+            )));
+        }
+        let host_failure = |e| Next::Stop(StopReason::Host(format!("vCPU state: {e}")));
+        let mut state = match VcpuState::load(&self.fd, &mut self.xsave) {
+            Ok(state) => state,
+            Err(e) => return host_failure(e),
+        };
+        let outcome = assist::assist(&mut state, &self.host, &self.mem, &error.instruction());
+        match outcome {
+            Ok(op) => {
+                if let Err(e) = state.store() {
+                    return host_failure(e);
+                }
+                self.shared.count_assist(op);
+                Next::Run
+            }
+            Err(unassisted) => Next::Stop(StopReason::Emulation(unassisted.to_string())),
+        }
+    }
+}

@@ -1,0 +1,95 @@
+//! What becomes of guests that die in ways Linux cannot be asked to: real microVMs of a few bytes of code.
+#![allow(clippy::unwrap_used)]
+
+use peregrine_vmm::{MicroVm, StopReason, VmConfig};
+use std::path::Path;
+use std::time::Duration;
+use tests::{bare, kvm_or_skip};
+
+fn config(kernel: &Path) -> VmConfig {
+    VmConfig {
+        kernel: kernel.to_owned(),
+        vcpus: 1,
+        mem_mib: 64,
+        disks: Vec::new(),
+        kernel_parameters: String::new(),
+        verbose: false,
+        profile: None,
+    }
+}
+
+/// Boots `code` and waits for its end.
+fn end_of(code: &[u8]) -> StopReason {
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("vmlinux");
+    std::fs::write(&kernel, bare::elf(code)).unwrap();
+    let vm = MicroVm::boot(config(&kernel).check().unwrap()).unwrap();
+    vm.wait(Duration::from_secs(30)).expect("the guest ends by itself")
+}
+
+fn threads_of_this_process() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}
+
+#[test]
+fn a_triple_fault_is_named_with_its_rip() {
+    if kvm_or_skip("a_triple_fault_is_named_with_its_rip") {
+        let reason = end_of(bare::TRIPLE_FAULT);
+        assert!(matches!(reason, StopReason::TripleFault { .. }), "{reason}");
+        assert!(reason.to_string().contains("RIP 0x"), "{reason}");
+    }
+}
+
+#[test]
+fn an_unknown_instruction_is_named_with_rip_and_bytes() {
+    if kvm_or_skip("an_unknown_instruction_is_named_with_rip_and_bytes") {
+        let reason = end_of(bare::UNKNOWN_INSTRUCTION);
+        match &reason {
+            StopReason::Emulation(text) => {
+                assert!(text.contains("0x100000"), "{text}");
+                assert!(text.contains("c5 fc 58 c0"), "{text}");
+                assert!(!text.contains('\n'), "{text}");
+            }
+            // Hardware KVM executes the instruction natively and, with AVX off, faults without an IDT.
+            StopReason::TripleFault { .. } => {}
+            other => panic!("{other}"),
+        }
+    }
+}
+
+#[test]
+fn a_reset_without_a_panic_is_a_reset() {
+    if kvm_or_skip("a_reset_without_a_panic_is_a_reset") {
+        assert_eq!(end_of(bare::RESET), StopReason::Reset);
+    }
+}
+
+#[test]
+fn a_panic_is_named_with_the_kernels_own_words() {
+    if kvm_or_skip("a_panic_is_named_with_the_kernels_own_words") {
+        let code = bare::print_and_reset("Kernel panic - not syncing: out of cheese\r\n");
+        assert_eq!(end_of(&code), StopReason::Panic("out of cheese".to_owned()));
+    }
+}
+
+#[test]
+fn a_guest_that_never_ends_is_ended_and_leaves_no_thread_and_no_descriptor() {
+    if !kvm_or_skip("a_guest_that_never_ends_is_ended_and_leaves_no_thread_and_no_descriptor") {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let kernel = dir.path().join("vmlinux");
+    // jmp to itself
+    std::fs::write(&kernel, bare::elf(&[0xeb, 0xfe])).unwrap();
+    let boot = || MicroVm::boot(config(&kernel).check().unwrap()).unwrap();
+    // A first one pays for what a process keeps for ever (signal handlers, allocator arenas).
+    drop(boot());
+    let descriptors = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    // Tests of this file share the process, so only the threads named for a VM are counted.
+    let vm = boot();
+    assert_eq!(vm.wait(Duration::from_millis(100)), None);
+    let (threads, fds) = (threads_of_this_process(), descriptors());
+    drop(vm);
+    assert!(threads_of_this_process() < threads);
+    assert!(descriptors() < fds);
+}
