@@ -12,8 +12,9 @@ flags="-Ctarget-feature=+crt-static -Crelocation-model=static -Cforce-unwind-tab
 flags="$flags -Clink-arg=-nostartfiles -Clink-arg=-nostdlib -Clink-arg=-static"
 flags="$flags -Clink-arg=-Wl,--build-id=none,--no-eh-frame-hdr,-z,norelro,-z,noseparate-code"
 
-# A build script of cargo's passes flags on in this variable, which would win over RUSTFLAGS.
-unset CARGO_ENCODED_RUSTFLAGS
+# What a cargo around this one leaves in the environment: flags that would win over RUSTFLAGS, and
+# clippy in rustc's place.
+unset CARGO_ENCODED_RUSTFLAGS RUSTC_WORKSPACE_WRAPPER
 RUSTFLAGS="$flags" \
 CARGO_PROFILE_RELEASE_PANIC=abort \
 CARGO_PROFILE_RELEASE_OPT_LEVEL=s \

@@ -149,7 +149,16 @@ download() {
 	local version=$1
 	cd "$work/deb"
 	apt-get "${apt_options[@]}" -o "APT::Sandbox::User=root" -o "APT::Status-Fd=3" download "$package=$version" \
-		3> >(awk -F: '/^dlstatus/ { printf "progress fetch %d 100 percent\n", $3; fflush() }') >>"$log" 2>&1
+		3> >(show_download) >>"$log" 2>&1
+}
+
+show_download() {
+	local kind percent
+	while IFS=: read -r kind _ percent _; do
+		if [ "$kind" = dlstatus ]; then
+			progress fetch "${percent%.*}" 100 percent
+		fi
+	done
 }
 
 is_known() { known_versions | grep -qxF -- "$1"; }
@@ -189,14 +198,16 @@ check_sha256() {
 # Other architectures, documentation, sound, graphics and the like are most of the tree's files; none of them is compiled.
 # Kconfig files and Makefiles stay everywhere, since others include them.
 unpack_tree() {
-	tar -xvf "$work/deb/source.tar.xz" -C "$work/tree" --strip-components=1 \
+	# A checkpoint is a record of 10 KiB; tar's own shell expands the action.
+	# shellcheck disable=SC2016
+	tar -I 'xz -T0' -xf "$work/deb/source.tar.xz" -C "$work/tree" --strip-components=1 \
 		--exclude='*/arch/[a-w]*/*.[chS]' --exclude='*/arch/xtensa/*.[chS]' --exclude='*.dts' --exclude='*.dtsi' \
 		--exclude='*/Documentation/*.rst' --exclude='*/Documentation/*.yaml' --exclude='*/Documentation/*.txt' \
 		--exclude='*/tools/testing/*.[ch]' --exclude='*/tools/perf/*.[ch]' \
 		--exclude='*/sound/*.[ch]' --exclude='*/drivers/gpu/*.[ch]' --exclude='*/drivers/media/*.[ch]' \
 		--exclude='*/drivers/staging/*.[ch]' --exclude='*/drivers/net/ethernet/*.[ch]' \
-		--exclude='*/drivers/net/wireless/*.[ch]' 2>>"$log" |
-		awk -v total="$(lock_value unpack_files)" 'NR % 2000 == 0 { print "progress unpack", NR, total, "files"; fflush() }'
+		--exclude='*/drivers/net/wireless/*.[ch]' --checkpoint=5000 \
+		--checkpoint-action='exec=echo progress unpack $((TAR_CHECKPOINT / 102)) "$UNPACK_MIB" MiB' 2>>"$log"
 }
 
 apply_patches() {
@@ -209,7 +220,9 @@ apply_patches() {
 }
 
 unpack() {
-	progress unpack 0 "$(lock_value unpack_files)" files
+	UNPACK_MIB=$(lock_value unpack_mib)
+	export UNPACK_MIB
+	progress unpack 0 "$UNPACK_MIB" MiB
 	local deb=("$work"/deb/*.deb)
 	if [ "$version" = "$(lock_value version)" ]; then
 		check_sha256 "${deb[0]}" "$(lock_value deb_sha256)"
@@ -226,7 +239,7 @@ unpack() {
 	in_group unpack_tree || die "the source archive did not unpack (is the disk full?)"
 	rm -rf "$work/deb"
 	apply_patches
-	progress unpack 1 1 step
+	progress unpack "$UNPACK_MIB" "$UNPACK_MIB" MiB
 }
 
 # --- configure ---
@@ -269,13 +282,23 @@ configure() {
 
 compile_vmlinux() {
 	export KBUILD_BUILD_TIMESTAMP=$source_date KBUILD_BUILD_USER=peregrine KBUILD_BUILD_HOST=peregrine KBUILD_BUILD_VERSION=1
-	make_kernel "-j$jobs" vmlinux 2>&1 | tee -a "$log" |
-		awk -v total="$(lock_value compile_steps)" '
-			/^  LD +vmlinux/ && !linking { linking = 1; print "progress link 0 1 step"; fflush() }
-			/^  [A-Z]/ && !linking && ++done % 10 == 0 {
-				if (done > total) total = done
-				print "progress compile", done, total, "objects"; fflush()
-			}'
+	make_kernel "-j$jobs" vmlinux 2>&1 | tee -a "$log" | show_compile
+}
+
+# Make's lines are `  CC      file`: each is one object, near enough.
+show_compile() {
+	local line done=0 total
+	total=$(lock_value compile_steps)
+	while IFS= read -r line; do
+		case $line in
+		'  LD      vmlinux'*) progress link 0 1 step; break ;;
+		'  '[A-Z]*) done=$((done + 1)) ;;
+		esac
+		if [ $((done % 10)) = 0 ]; then
+			progress compile "$done" "$((done > total ? done : total))" objects
+		fi
+	done
+	cat >/dev/null
 }
 
 compile() {

@@ -10,7 +10,7 @@ use guest_init::{
 
 use crate::exec::{self, Means};
 use crate::outbox::{OUTBOX_BYTES, Outbox};
-use crate::ring::Ring;
+use crate::ring::{Overflow, Ring};
 use crate::stream::{STREAMS_MAX, State, Stream};
 use crate::sys::{
     self, ChildEvents, Epoll, Errno, Events, Fd, READABLE, Scratch, Socket, SpawnFailed, WRITABLE,
@@ -92,6 +92,8 @@ struct Core<'m> {
     accept_due: bool,
     connection: Option<Connection>,
     outbox: Outbox<'m>,
+    /// The agent lets others finish first (`peregrine.batch=1`), and its children must not.
+    patient: bool,
     scratch: &'m mut Scratch,
     streams: &'m mut [Stream; STREAMS_MAX],
     rings: &'m mut [Ring; STREAMS_MAX],
@@ -105,7 +107,12 @@ struct Core<'m> {
 }
 
 impl<'m> Agent<'m> {
-    pub(crate) fn new(memory: &'m mut Memory, role: Role, entered_ns: u64) -> Result<Self, Errno> {
+    pub(crate) fn new(
+        memory: &'m mut Memory,
+        role: Role,
+        entered_ns: u64,
+        patient: bool,
+    ) -> Result<Self, Errno> {
         let Memory { inbox, outbox, scratch, streams, rings } = memory;
         let null = Fd::null()?;
         let children = ChildEvents::new()?;
@@ -123,6 +130,7 @@ impl<'m> Agent<'m> {
             accept_due: false,
             connection: None,
             outbox: Outbox::new(outbox),
+            patient,
             scratch,
             streams,
             rings,
@@ -246,13 +254,13 @@ impl Core<'_> {
     // Waiting.
 
     fn mark(&mut self, events: &Events) {
-        for (key, readable, writable, hung_up) in events.iter() {
+        for (key, ready) in events.iter() {
             match key {
                 CONNECTION_KEY => {
                     if let Some(connection) = self.connection.as_mut() {
-                        connection.readable |= readable;
-                        connection.writable |= writable;
-                        connection.hung_up |= hung_up;
+                        connection.readable |= ready.readable || ready.hung_up;
+                        connection.writable |= ready.writable || ready.hung_up;
+                        connection.hung_up |= ready.hung_up;
                     }
                 }
                 CHILDREN_KEY => {
@@ -262,7 +270,7 @@ impl Core<'_> {
                 LISTENER_KEY => self.accept_due = true,
                 key => {
                     if let Some(stream) = self.streams.get_mut((key / KEYS_PER_SLOT) as usize) {
-                        stream.mark(key % KEYS_PER_SLOT, readable, writable, hung_up);
+                        stream.mark(key % KEYS_PER_SLOT, ready);
                     }
                 }
             }
@@ -477,11 +485,9 @@ impl Core<'_> {
         let (stream, ring) = (&mut self.streams[slot], &mut self.rings[slot]);
         let mut result = Ok(());
         match *message {
-            ToGuest::Stdin(bytes) => {
-                if !stream.take_stdin(bytes, ring, &self.epoll, key(slot)) {
-                    return Err(Fault::StdinOverflow { stream: id });
-                }
-            }
+            ToGuest::Stdin(bytes) => stream
+                .take_stdin(bytes, ring, &self.epoll, key(slot))
+                .map_err(|Overflow| Fault::StdinOverflow { stream: id })?,
             ToGuest::StdinEof => stream.end_stdin(ring),
             ToGuest::Window { bytes } => stream.add_window(bytes),
             ToGuest::Resize { rows, cols } => result = stream.resize(rows, cols),
@@ -507,7 +513,12 @@ impl Core<'_> {
         }
         let started = match self.free_slot() {
             Some(slot) => {
-                let means = Means { epoll: &self.epoll, null: &self.null, scratch: self.scratch };
+                let means = Means {
+                    epoll: &self.epoll,
+                    null: &self.null,
+                    patient: self.patient,
+                    scratch: self.scratch,
+                };
                 exec::start(id, exec, key(slot), means).map(|stream| self.streams[slot] = stream)
             }
             None => Err(SpawnFailed { errno: Errno::AGAIN, stage: Stage::Limits }),

@@ -14,13 +14,14 @@
 //! /dev/shm is a directory of devtmpfs, which is a tmpfs.
 //!
 //! Kernel parameters: `peregrine.thp=1` switches big folios on, which the kernel leaves off in small
-//! machines; `peregrine.rw=SIZE` limits what the sandbox may write (tmpfs syntax, default `50%`).
+//! machines; `peregrine.batch=1` makes the agent yield to commands, which pays where a context switch is
+//! dear (see [`crate::sys::be_patient`]); `peregrine.rw=SIZE` limits what the sandbox may write (tmpfs syntax, default `50%`).
 
 use core::ffi::CStr;
 
 use crate::sys::{
-    Errno, MountFlags, chroot_here, enter, loopback_up, make_directory, make_link, mount, read_file,
-    set_hostname, set_umask, write_file,
+    Errno, MountFlags, be_patient, chroot_here, enter, loopback_up, make_directory, make_link, mount,
+    raise_file_limit, read_file, set_hostname, set_umask, write_file,
 };
 
 const OVERLAY_OPTIONS: &CStr = c"lowerdir=/lower,upperdir=/rw/upper,workdir=/rw/work";
@@ -46,8 +47,13 @@ impl<T> Step<T> for Result<T, Errno> {
     }
 }
 
+/// What the kernel's command line asks the agent for.
+pub(crate) struct Wishes {
+    pub(crate) patient: bool,
+}
+
 /// Makes the sandbox's root and enters it.
-pub(crate) fn boot() -> Result<(), BootFailed> {
+pub(crate) fn boot() -> Result<Wishes, BootFailed> {
     // Modes below are meant as written.
     set_umask(0);
     mount_image()?;
@@ -67,8 +73,10 @@ pub(crate) fn boot() -> Result<(), BootFailed> {
     // A kernel without IPv4 has no loopback, and a sandbox can do without.
     let _ = loopback_up();
     let _ = set_hostname(b"sandbox");
+    raise_file_limit();
     set_umask(0o022);
-    Ok(())
+    let patient = parameter(cmdline, b"peregrine.batch=") == Some(b"1") && be_patient().is_ok();
+    Ok(Wishes { patient })
 }
 
 fn mount_image() -> Result<(), BootFailed> {
@@ -153,6 +161,7 @@ fn parameter<'c>(cmdline: &'c [u8], name: &[u8]) -> Option<&'c [u8]> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

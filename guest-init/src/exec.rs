@@ -21,6 +21,8 @@ const TERM: &CStr = c"TERM=xterm-256color";
 pub(crate) struct Means<'a> {
     pub(crate) epoll: &'a Epoll,
     pub(crate) null: &'a Fd,
+    /// The agent's scheduling is not a command's.
+    pub(crate) patient: bool,
     pub(crate) scratch: &'a mut Scratch,
 }
 
@@ -67,6 +69,7 @@ pub(crate) fn start(id: u32, exec: &Exec<'_>, key: u64, means: Means<'_>) -> Res
                 ends.stderr.as_ref().unwrap_or(&ends.stdout),
             ],
             terminal: wiring.terminal,
+            end_patience: means.patient,
         },
     )?;
     Ok(Stream::live(id, pid, wiring))

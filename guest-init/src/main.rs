@@ -39,7 +39,11 @@ fn enter(arguments: Arguments) -> ! {
     match hosted(arguments) {
         Some((connection, listener)) => {
             sys::become_subreaper();
-            let mut agent = start(memory, Role::Hosted, entered_ns);
+            if let Err(errno) = sys::enter(c"/") {
+                fail("enter /", Some(errno));
+            }
+            let patient = false;
+            let mut agent = start(memory, Role::Hosted, entered_ns, patient);
             agent.connected(connection);
             if let Some(listener) = listener {
                 agent.listen_on(listener);
@@ -47,10 +51,11 @@ fn enter(arguments: Arguments) -> ! {
             agent.serve()
         }
         None => {
-            if let Err(failed) = boot::boot() {
-                fail(failed.step, Some(failed.errno));
-            }
-            let mut agent = start(memory, Role::Init, entered_ns);
+            let wishes = match boot::boot() {
+                Ok(wishes) => wishes,
+                Err(failed) => fail(failed.step, Some(failed.errno)),
+            };
+            let mut agent = start(memory, Role::Init, entered_ns, wishes.patient);
             // The host listens before it starts us. If it is gone, later connections are what is left.
             if let Ok(socket) = Socket::connect(AGENT_PORT) {
                 agent.connected(socket);
@@ -68,8 +73,8 @@ fn enter(arguments: Arguments) -> ! {
     }
 }
 
-fn start(memory: &'static mut Memory, role: Role, entered_ns: u64) -> Agent<'static> {
-    match Agent::new(memory, role, entered_ns) {
+fn start(memory: &'static mut Memory, role: Role, entered_ns: u64, patient: bool) -> Agent<'static> {
+    match Agent::new(memory, role, entered_ns, patient) {
         Ok(agent) => agent,
         Err(errno) => fail("make the event loop", Some(errno)),
     }

@@ -101,6 +101,7 @@ impl<'m> Outbox<'m> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

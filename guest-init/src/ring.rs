@@ -11,6 +11,10 @@ pub(crate) struct Ring {
     bytes: [u8; ROOM_BYTES],
 }
 
+/// More stdin than the host had credit for.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Overflow;
+
 impl Ring {
     pub(crate) const ZERO: Ring = Ring { start: 0, len: 0, bytes: [0; ROOM_BYTES] };
 
@@ -31,17 +35,17 @@ impl Ring {
         self.len = 0;
     }
 
-    /// Takes all of `bytes`, or none and says false.
-    pub(crate) fn put(&mut self, bytes: &[u8]) -> bool {
+    /// Takes all of `bytes`, or none.
+    pub(crate) fn put(&mut self, bytes: &[u8]) -> Result<(), Overflow> {
         if bytes.len() > self.room() {
-            return false;
+            return Err(Overflow);
         }
         let at = (self.start + self.len) % ROOM_BYTES;
         let first = bytes.len().min(ROOM_BYTES - at);
         self.bytes[at..at + first].copy_from_slice(&bytes[..first]);
         self.bytes[..bytes.len() - first].copy_from_slice(&bytes[first..]);
         self.len += bytes.len();
-        true
+        Ok(())
     }
 
     /// The oldest bytes that lie in one piece.
@@ -58,6 +62,7 @@ impl Ring {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -68,7 +73,7 @@ mod tests {
         let mut seen = 0u32;
         for round in 1..200usize {
             let chunk: Vec<u8> = (0..round * 1500 % 100_000).map(|_| (sent, sent += 1).0 as u8).collect();
-            while !ring.put(&chunk) {
+            while ring.put(&chunk).is_err() {
                 let len = ring.front().len().min(70_001);
                 for &byte in &ring.front()[..len] {
                     assert_eq!(byte, (seen, seen += 1).0 as u8);
@@ -82,9 +87,9 @@ mod tests {
     #[test]
     fn more_than_the_room_is_refused_whole() {
         let mut ring = Box::new(Ring::ZERO);
-        assert!(ring.put(&vec![7; ROOM_BYTES - 1]));
-        assert!(!ring.put(&[1, 2]));
-        assert!(ring.put(&[1]));
+        assert_eq!(ring.put(&vec![7; ROOM_BYTES - 1]), Ok(()));
+        assert_eq!(ring.put(&[1, 2]), Err(Overflow));
+        assert_eq!(ring.put(&[1]), Ok(()));
         assert_eq!(ring.room(), 0);
     }
 }

@@ -17,8 +17,8 @@
 use guest_init::{Exited, INITIAL_WINDOW_BYTES, Kind, Outcome, ToHost};
 
 use crate::outbox::Outbox;
-use crate::ring::Ring;
-use crate::sys::{Epoll, Errno, Fd, READABLE, WRITABLE};
+use crate::ring::{Overflow, Ring};
+use crate::sys::{Epoll, Errno, Fd, READABLE, Ready, WRITABLE};
 
 /// How many commands can be there at once.
 pub(crate) const STREAMS_MAX: usize = 64;
@@ -151,17 +151,22 @@ impl Stream {
         }
     }
 
-    /// Which of a stream's files an event is about, from the low bits of its key.
-    pub(crate) fn mark(&mut self, which: u64, readable: bool, writable: bool, hung_up: bool) {
-        if which == STDIN {
-            self.stdin_writable |= writable;
+    /// Takes note of an event; `which` of the files it is about is in the low bits of its key.
+    pub(crate) fn mark(&mut self, which: u64, ready: Ready) {
+        if which == STDIN || self.terminal {
+            // Also when the reader is gone: the write then says so.
+            self.stdin_writable |= ready.writable || ready.hung_up;
+        }
+        let Some(output) = self.outputs.get_mut(which as usize) else { return };
+        if output.ended {
             return;
         }
-        if let Some(output) = self.outputs.get_mut(which as usize) {
-            output.readable |= readable && !output.ended;
-            output.hung_up |= hung_up;
-            self.stdin_writable |= self.terminal && writable;
+        if ready.hung_up && !ready.readable && !self.terminal {
+            // Nobody can write any more and nothing is left: no need to read that.
+            return output.end(false);
         }
+        output.readable |= ready.readable || ready.hung_up;
+        output.hung_up |= ready.hung_up;
     }
 
     // Output.
@@ -245,23 +250,27 @@ impl Stream {
 
     // Stdin.
 
-    /// Takes stdin from the host: to the command at once if it can be, else into the ring. False if the
-    /// host has sent more than it had credit for.
-    pub(crate) fn take_stdin(&mut self, mut bytes: &[u8], ring: &mut Ring, epoll: &Epoll, key: u64) -> bool {
-        if !self.stdin_open || self.stdin_eof {
+    /// Takes stdin from the host: to the command at once if it can be, else into the ring.
+    pub(crate) fn take_stdin(
+        &mut self,
+        mut bytes: &[u8],
+        ring: &mut Ring,
+        epoll: &Epoll,
+        key: u64,
+    ) -> Result<(), Overflow> {
+        while self.takes_stdin() && ring.is_empty() && self.stdin_writable && !bytes.is_empty() {
+            bytes = &bytes[self.write_stdin(bytes, epoll, key)..];
+        }
+        if !self.takes_stdin() {
             // The command has closed its stdin: the rest goes nowhere, and the host may go on.
             self.credit_due = self.credit_due.saturating_add(bytes.len() as u32);
-            return true;
-        }
-        while ring.is_empty() && self.stdin_writable && !bytes.is_empty() {
-            let taken = self.write_stdin(bytes, epoll, key);
-            bytes = &bytes[taken..];
-            if !self.stdin_open {
-                self.credit_due = self.credit_due.saturating_add(bytes.len() as u32);
-                return true;
-            }
+            return Ok(());
         }
         ring.put(bytes)
+    }
+
+    fn takes_stdin(&self) -> bool {
+        self.stdin_open && !self.stdin_eof
     }
 
     /// Gives the command what it can take of the ring, and its end.
@@ -282,7 +291,8 @@ impl Stream {
     pub(crate) fn end_stdin(&mut self, ring: &mut Ring) {
         // A program that reads a terminal sees the end only by this character (termios(3), VEOF).
         if self.terminal && !self.stdin_eof {
-            ring.put(&[END_OF_FILE_CHARACTER]);
+            // No room for it: the program has not read for so long that its end is not news.
+            let _ = ring.put(&[END_OF_FILE_CHARACTER]);
         }
         self.stdin_eof = true;
     }

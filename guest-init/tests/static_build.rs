@@ -1,5 +1,5 @@
 //! The program that goes into the guest: built as the runtime builds it, looked at, and run.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 mod host;
 

@@ -1,5 +1,5 @@
 //! Bytes in quantity, and what is left behind: windows, interleaving, background processes, orphans.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 mod host;
 

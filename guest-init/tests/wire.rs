@@ -1,5 +1,5 @@
 //! The wire: its bytes as they are pinned for ever, and what must hold for any bytes.
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use guest_init::{
     Adopt, Decoder, EXEC_PTY, EXEC_USER, ErrorCode, ExecFailed, ExecRequest, Exited, FRAME_MAX_BYTES, Frame,

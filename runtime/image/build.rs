@@ -33,11 +33,12 @@ fn main() -> io::Result<()> {
     std::fs::write(required("OUT_DIR")?.join("embedded_kernels.rs"), table)
 }
 
-/// Every regular file under `dir`, hidden ones (editor and git droppings) left out.
+/// Every regular file under `dir` that can change a kernel: not hidden ones (editor and git droppings), not texts.
 fn collect(dir: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;
-        if entry.file_name().as_encoded_bytes().starts_with(b".") {
+        let name = entry.file_name();
+        if name.as_encoded_bytes().starts_with(b".") || name.as_encoded_bytes().ends_with(b".md") {
             continue;
         }
         if entry.file_type()?.is_dir() {

@@ -1,19 +1,22 @@
-//! Bare kernels: an ELF file with a few bytes of code at 1 MiB, entered in 64-bit mode by the VMM's own loader.
+//! Bare programs: an ELF file of a few bytes of code. The VMM's loader takes it as a kernel, Linux as PID 1.
 
-/// Where the code is loaded and entered.
+/// Where the file is loaded; the code follows its headers.
 const LOAD_ADDRESS: u64 = 0x10_0000;
+const HEADERS: u64 = 64 + 56;
+
+/// Address of the first byte of code.
+pub const ENTRY: u64 = LOAD_ADDRESS + HEADERS;
 
 /// An ELF executable whose one segment is `code`.
 #[must_use]
 pub fn elf(code: &[u8]) -> Vec<u8> {
-    const HEADERS: u64 = 64 + 56;
     let mut out = Vec::new();
     // ELF-64 header: little endian, executable, x86-64.
     out.extend_from_slice(b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     out.extend_from_slice(&2_u16.to_le_bytes());
     out.extend_from_slice(&62_u16.to_le_bytes());
     out.extend_from_slice(&1_u32.to_le_bytes());
-    out.extend_from_slice(&LOAD_ADDRESS.to_le_bytes());
+    out.extend_from_slice(&ENTRY.to_le_bytes());
     out.extend_from_slice(&64_u64.to_le_bytes());
     out.extend_from_slice(&0_u64.to_le_bytes());
     out.extend_from_slice(&0_u32.to_le_bytes());
@@ -23,8 +26,8 @@ pub fn elf(code: &[u8]) -> Vec<u8> {
     // One PT_LOAD segment, readable, writable and executable.
     out.extend_from_slice(&1_u32.to_le_bytes());
     out.extend_from_slice(&7_u32.to_le_bytes());
-    let size = code.len() as u64;
-    for word in [HEADERS, LOAD_ADDRESS, LOAD_ADDRESS, size, size, 0x1000] {
+    let size = HEADERS + code.len() as u64;
+    for word in [0, LOAD_ADDRESS, LOAD_ADDRESS, size, size, 0x1000] {
         out.extend_from_slice(&word.to_le_bytes());
     }
     out.extend_from_slice(code);
@@ -52,3 +55,6 @@ pub fn print_and_reset(text: &str) -> Vec<u8> {
     code.extend_from_slice(RESET);
     code
 }
+
+/// As PID 1: `exit(3)`, which the kernel answers with a panic.
+pub const EXIT_3: &[u8] = &[0xb8, 60, 0, 0, 0, 0xbf, 3, 0, 0, 0, 0x0f, 0x05];

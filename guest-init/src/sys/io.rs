@@ -5,9 +5,9 @@ use libc::{c_int, epoll_event};
 use super::raw::syscall;
 use super::{Errno, Fd};
 
-/// Readable, or at its end: the reader finds out which.
+/// There are bytes.
 pub(crate) const READABLE: u32 = libc::EPOLLIN as u32;
-/// Writable.
+/// There is room.
 pub(crate) const WRITABLE: u32 = libc::EPOLLOUT as u32;
 const HUNG_UP: u32 = (libc::EPOLLHUP | libc::EPOLLERR | libc::EPOLLRDHUP) as u32;
 const EVENTS_PER_WAIT: usize = 32;
@@ -107,6 +107,17 @@ pub(crate) fn pipe(child_reads: bool) -> Result<PipeEnds, Errno> {
 /// and the agent remembers what is ready, so there is nothing to switch off and on.
 pub(crate) struct Epoll(Fd);
 
+/// What an event says about a file.
+#[derive(Clone, Copy)]
+pub(crate) struct Ready {
+    /// There are bytes.
+    pub(crate) readable: bool,
+    /// There is room.
+    pub(crate) writable: bool,
+    /// The other side is gone; a pipe without bytes is then at its end.
+    pub(crate) hung_up: bool,
+}
+
 /// What [`Epoll::wait`] has seen.
 pub(crate) struct Events {
     list: [epoll_event; EVENTS_PER_WAIT],
@@ -161,13 +172,12 @@ impl Events {
         Events { list: [epoll_event { events: 0, u64: 0 }; EVENTS_PER_WAIT], count: 0 }
     }
 
-    /// Each event's key, whether it may be read (or is at its end), whether it may be written
-    /// (or never again), and whether the other side has hung up.
-    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, bool, bool, bool)> {
+    /// What was seen, by key.
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (u64, Ready)> {
         self.list.iter().take(self.count).map(|event| {
             let (events, key) = (event.events, event.u64);
             let hung_up = events & HUNG_UP != 0;
-            (key, hung_up || events & READABLE != 0, hung_up || events & WRITABLE != 0, hung_up)
+            (key, Ready { readable: events & READABLE != 0, writable: events & WRITABLE != 0, hung_up })
         })
     }
 }

@@ -20,15 +20,16 @@ mod terminal;
 
 use core::num::NonZeroU32;
 
-pub(crate) use io::{Epoll, Events, READABLE, WRITABLE, pipe};
+pub(crate) use io::{Epoll, Events, READABLE, Ready, WRITABLE, pipe};
 pub(crate) use once::TakeOnce;
 pub(crate) use process::{ChildEvents, exit, kill_group, kill_if_alive, reap, usage_us};
 pub(crate) use socket::Socket;
 pub(crate) use spawn::{Scratch, SpawnFailed, SpawnRequest, spawn};
 pub(crate) use start::Arguments;
 pub(crate) use system::{
-    MountFlags, add_entropy, become_subreaper, boottime_ns, chroot_here, enter, loopback_up, make_directory,
-    make_link, mount, read_file, reboot, report_fatal, set_hostname, set_umask, set_wall_clock, write_file,
+    MountFlags, add_entropy, be_patient, become_subreaper, boottime_ns, chroot_here, enter, loopback_up,
+    make_directory, make_link, mount, raise_file_limit, read_file, reboot, report_fatal, set_hostname,
+    set_umask, set_wall_clock, write_file,
 };
 pub(crate) use terminal::open_terminal;
 

@@ -18,6 +18,8 @@ impl<T> TakeOnce<T> {
         TakeOnce { taken: AtomicBool::new(false), value: UnsafeCell::new(value) }
     }
 
+    // The flag is what makes a mutable reference out of a shared one sound.
+    #[allow(clippy::mut_from_ref)]
     pub(crate) fn take(&'static self) -> Option<&'static mut T> {
         if self.taken.swap(true, Ordering::AcqRel) {
             return None;

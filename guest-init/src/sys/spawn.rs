@@ -10,6 +10,7 @@ use core::ptr;
 use guest_init::Stage;
 
 use super::raw::{clone_vfork, syscall};
+use super::system::set_policy;
 use super::{Errno, Fd};
 
 const STACK_BYTES: usize = 16 * 1024;
@@ -39,13 +40,15 @@ pub(crate) struct SpawnRequest<'a, A, E> {
     pub(crate) env: E,
     /// Directories with colons between.
     pub(crate) search: &'a [u8],
-    /// Empty is `/`.
+    /// Empty is `/`, where the agent is.
     pub(crate) cwd: &'a CStr,
     pub(crate) user: Option<(u32, u32)>,
     /// stdin, stdout, stderr. None of them may have a number below 3.
     pub(crate) stdio: [&'a Fd; 3],
     /// stdin is the session's terminal.
     pub(crate) terminal: bool,
+    /// Undo [`super::be_patient`] in the child.
+    pub(crate) end_patience: bool,
 }
 
 /// Why nothing was started.
@@ -67,6 +70,7 @@ struct Plan {
     user: Option<(u32, u32)>,
     stdio: [usize; 3],
     terminal: bool,
+    end_patience: bool,
     failed: Option<SpawnFailed>,
 }
 
@@ -89,10 +93,11 @@ where
         search: request.search.as_ptr(),
         search_bytes: request.search.len(),
         path: &raw mut scratch.path,
-        cwd: if request.cwd.is_empty() { c"/".as_ptr() } else { request.cwd.as_ptr() },
+        cwd: if matches!(request.cwd.to_bytes(), b"" | b"/") { ptr::null() } else { request.cwd.as_ptr() },
         user: request.user,
         stdio: request.stdio.map(Fd::raw),
         terminal: request.terminal,
+        end_patience: request.end_patience,
         failed: None,
     };
     let plan = &raw mut plan;
@@ -161,8 +166,8 @@ unsafe fn prepare(plan: &Plan) -> Result<(), SpawnFailed> {
     let at = |stage| move |errno| SpawnFailed { errno, stage };
     let no_signals = 0u64;
     let mask = &raw const no_signals as usize;
-    // SAFETY (this and all below): pointers are the plan's or to locals; the rest changes this
-    // process's own files, credentials and directory, which vfork does not share.
+    // SAFETY: pointers are the plan's or to locals; the rest changes this process's own files,
+    // credentials and directory, which vfork does not share.
     unsafe {
         syscall(libc::SYS_setsid, [0; 6]).map_err(at(Stage::Session))?;
         for (number, &fd) in plan.stdio.iter().enumerate() {
@@ -178,8 +183,13 @@ unsafe fn prepare(plan: &Plan) -> Result<(), SpawnFailed> {
             syscall(libc::SYS_setgid, [gid as usize, 0, 0, 0, 0, 0]).map_err(at(Stage::User))?;
             syscall(libc::SYS_setuid, [uid as usize, 0, 0, 0, 0, 0]).map_err(at(Stage::User))?;
         }
-        // As the user: it must be allowed to be there.
-        syscall(libc::SYS_chdir, [plan.cwd as usize, 0, 0, 0, 0, 0]).map_err(at(Stage::Cwd))?;
+        if !plan.cwd.is_null() {
+            // As the user: it must be allowed to be there.
+            syscall(libc::SYS_chdir, [plan.cwd as usize, 0, 0, 0, 0, 0]).map_err(at(Stage::Cwd))?;
+        }
+        if plan.end_patience {
+            set_policy(libc::SCHED_OTHER).map_err(at(Stage::Session))?;
+        }
         // Dispositions are the defaults: the agent has no handlers and ignores nothing.
         syscall(libc::SYS_rt_sigprocmask, [libc::SIG_SETMASK as usize, mask, 0, 8, 0, 0])
             .map_err(at(Stage::Session))?;

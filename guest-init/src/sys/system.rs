@@ -140,6 +140,29 @@ pub(crate) fn become_subreaper() {
     let _ = unsafe { syscall(libc::SYS_prctl, [libc::PR_SET_CHILD_SUBREAPER as usize, 1, 0, 0, 0, 0]) };
 }
 
+/// From now on this process takes no processor away from another that still works (sched(7), SCHED_BATCH).
+/// On one processor a command's write then does not switch to the agent at once: it goes on, often
+/// to its end, and the agent finds bytes, end and exit together.
+pub(crate) fn be_patient() -> Result<(), Errno> {
+    set_policy(libc::SCHED_BATCH)
+}
+
+pub(super) fn set_policy(policy: c_int) -> Result<(), Errno> {
+    let priority: c_int = 0;
+    let at = &raw const priority as usize;
+    // SAFETY: the kernel reads one sched_param, which is an int.
+    unsafe { syscall(libc::SYS_sched_setscheduler, [0, policy as usize, at, 0, 0, 0]) }.map(drop)
+}
+
+/// Lets commands open as many files as programs expect to be able to ask for; the kernel gives PID 1
+/// a hard limit of 4096. The soft limit stays, for programs that use select.
+pub(crate) fn raise_file_limit() {
+    let limit = libc::rlimit64 { rlim_cur: 1024, rlim_max: 524_288 };
+    let at = &raw const limit as usize;
+    // SAFETY: the kernel reads one rlimit64; null for "no old limit wanted".
+    let _ = unsafe { syscall(libc::SYS_prlimit64, [0, libc::RLIMIT_NOFILE as usize, at, 0, 0, 0]) };
+}
+
 /// Writes disks out and resets the machine, which ends the microVM.
 pub(crate) fn reboot() -> ! {
     // SAFETY: sync takes nothing; reboot takes magic numbers and a command.

@@ -1,12 +1,12 @@
 //! A host for tests: starts the agent as an ordinary process on a socket pair, and speaks the wire with it.
-#![allow(dead_code, missing_docs, unreachable_pub)]
+#![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, sync_channel};
 use std::time::Duration;
 
 use guest_init::{
@@ -15,7 +15,10 @@ use guest_init::{
 };
 
 /// Only so that a hung agent fails a test instead of hanging it.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// More than any test's command writes.
+const OUTPUT_MAX_BYTES: usize = 64 << 20;
 
 /// A frame that owns its payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -72,7 +75,8 @@ pub fn program() -> PathBuf {
 
 impl Line {
     pub fn new(socket: UnixStream) -> Line {
-        let (sender, frames) = channel();
+        // Bounded, as any host's memory should be; deep enough for all that a window lets through.
+        let (sender, frames) = sync_channel(8192);
         let mut reader = socket.try_clone().unwrap();
         std::thread::spawn(move || {
             let mut decoder = Decoder::new(vec![0; FRAME_MAX_BYTES]).unwrap();
@@ -144,6 +148,8 @@ impl Line {
     }
 
     pub fn collect(&mut self, frame: &Owned, ran: &mut Ran) {
+        // A broken agent must fail a test, not fill this machine's memory.
+        assert!(ran.stdout.len() + ran.stderr.len() < OUTPUT_MAX_BYTES, "output without end");
         match frame.message() {
             ToHost::Stdout(bytes) => {
                 ran.stdout.extend_from_slice(bytes);
@@ -206,19 +212,23 @@ impl Agent {
     }
 
     pub fn start_program(program: &Path) -> Agent {
-        Agent::start_with(program, None)
+        Agent::start_command(&mut Command::new(program))
+    }
+
+    /// One whose program and arguments come last on a given command line.
+    pub fn start_command(command: &mut Command) -> Agent {
+        Agent::start_with(command, None)
     }
 
     /// One that also takes later connections.
     pub fn start_listening(name: &str) -> Agent {
         let path = std::env::temp_dir().join(format!("guest-init-{}-{name}", std::process::id()));
         let _ = std::fs::remove_file(&path);
-        Agent::start_with(&program(), Some(path))
+        Agent::start_with(&mut Command::new(program()), Some(path))
     }
 
-    fn start_with(program: &Path, path: Option<PathBuf>) -> Agent {
+    fn start_with(command: &mut Command, path: Option<PathBuf>) -> Agent {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut command = Command::new(program);
         command.args(["--serve-fd", "0"]).stdin(OwnedFd::from(theirs));
         if let Some(path) = &path {
             let listener = UnixListener::bind(path).unwrap();

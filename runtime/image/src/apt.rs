@@ -142,6 +142,8 @@ impl Apt {
             ("Acquire::AllowInsecureRepositories", "false"),
             ("Acquire::Languages", "none"),
             ("Acquire::Retries", "3"),
+            // Else `update` calls it a success when no source could be reached.
+            ("APT::Update::Error-Mode", "any"),
         ] {
             option(name, value.as_ref());
         }

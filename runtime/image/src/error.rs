@@ -114,5 +114,5 @@ impl Error {
 
 /// The output of a failed tool under its error line, set off so that it reads as quoted.
 fn indented(output: &str) -> String {
-    output.lines().flat_map(|line| ["\n    ", line]).collect()
+    output.lines().filter(|line| !line.is_empty()).flat_map(|line| ["\n    ", line]).collect()
 }

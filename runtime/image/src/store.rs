@@ -318,7 +318,7 @@ fn sweep(tmp: &Path) -> Result<(), Error> {
         let alive = tmp.join(format!("{build}.alive"));
         let living =
             File::open(&alive).is_ok_and(|file| matches!(file.try_lock(), Err(TryLockError::WouldBlock)));
-        if true {
+        if !living {
             let _ = fs::remove_dir_all(tmp.join(build));
             let _ = fs::remove_file(&alive);
         }

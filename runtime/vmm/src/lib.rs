@@ -14,6 +14,7 @@ pub mod assist;
 mod assist_state;
 pub mod console;
 pub mod devices;
+pub mod doorbell;
 mod error;
 pub mod event_loop;
 pub mod host;

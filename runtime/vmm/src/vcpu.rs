@@ -8,6 +8,7 @@ use crate::arch::boot;
 use crate::assist::{self, HostCpu};
 use crate::assist_state::VcpuState;
 use crate::console::Console;
+use crate::doorbell;
 use crate::event_loop::Bus;
 
 use crate::memory::GuestMemory;
@@ -156,6 +157,10 @@ impl Vcpu {
         let exit = self.fd.run();
         match exit {
             Ok(VcpuExit::IoOut(RESET_PORT, [RESET_COMMAND])) => Next::Stop(self.shared.reset_reason()),
+            Ok(VcpuExit::IoOut(doorbell::PORT, &[a, b, c, d])) => {
+                let operation = u32::from_le_bytes([a, b, c, d]);
+                self.doorbell(operation)
+            }
             Ok(VcpuExit::IoOut(port, data)) => {
                 if Console::owns(port) {
                     self.shared.console().write(port, data);
@@ -207,6 +212,20 @@ impl Vcpu {
             && let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs())
         {
             self.shared.sample(sregs.cs.dpl == 0 && sregs.ss.dpl == 0, regs.rip);
+        }
+    }
+
+    /// The guest asked for its memory to be copied or filled.
+    fn doorbell(&mut self, operation: u32) -> Next {
+        let mut counters = doorbell::Counters::default();
+        let done = VcpuState::load(&self.fd, &mut self.xsave).and_then(|mut state| {
+            doorbell::ring(&mut state, &self.host, &self.mem, operation, &mut counters);
+            state.store()
+        });
+        self.shared.count_doorbell(&counters);
+        match done {
+            Ok(()) => Next::Run,
+            Err(e) => Next::Stop(StopReason::Host(format!("vCPU state: {e}"))),
         }
     }
 

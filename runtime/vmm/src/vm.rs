@@ -8,6 +8,7 @@ use crate::agent::{AGENT_PORT, Agent, AgentError, Boot, Identity};
 use crate::arch::{boot, cmdline, layout, mptable};
 use crate::assist::{Counters, HostCpu, Op};
 use crate::console::Console;
+use crate::doorbell;
 use crate::devices::{DevicesConfig, Disk, Interrupt};
 use crate::event_loop::{self, LoopHandle};
 use crate::host::KvmKind;
@@ -170,6 +171,7 @@ pub(crate) struct Shared {
     stopped: Condvar,
     vcpus: Mutex<BTreeMap<u8, Kick>>,
     assists: Mutex<Counters>,
+    doorbell: Mutex<doorbell::Counters>,
     entered: Mutex<Option<Instant>>,
     sampling: AtomicBool,
     samples: Mutex<Samples>,
@@ -190,6 +192,7 @@ impl Shared {
             stopped: Condvar::new(),
             vcpus: Mutex::new(BTreeMap::new()),
             assists: Mutex::new(Counters::default()),
+            doorbell: Mutex::new(doorbell::Counters::default()),
             entered: Mutex::new(None),
             sampling: AtomicBool::new(sampling),
             samples: Mutex::new(Samples::default()),
@@ -223,6 +226,10 @@ impl Shared {
 
     pub(crate) fn count_assist(&self, op: Op) {
         lock(&self.assists).count(op);
+    }
+
+    pub(crate) fn count_doorbell(&self, counters: &doorbell::Counters) {
+        lock(&self.doorbell).add(counters);
     }
 
     /// The guest pulled its reset line: a panic if the console says so.
@@ -411,6 +418,12 @@ impl MicroVm {
     #[must_use]
     pub fn assists(&self) -> Counters {
         lock(&self.shared.assists).clone()
+    }
+
+    /// How often the guest rang the bulk-memory doorbell, and for how much.
+    #[must_use]
+    pub fn doorbell(&self) -> doorbell::Counters {
+        *lock(&self.shared.doorbell)
     }
 
     /// Guest instructions that KVM emulated so far, all vCPUs; `None` where KVM does not count them.

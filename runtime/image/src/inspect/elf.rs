@@ -197,6 +197,15 @@ mod tests {
     }
 
     #[test]
+    fn a_kernel_without_section_table_is_refused_if_a_segment_is_cut() {
+        let mut stripped = sound_kernel();
+        stripped[40..48].fill(0);
+        assert!(parse_kernel(&stripped[..0xc0]).is_ok());
+        let fault = parse_kernel(&stripped[..0xbf]).unwrap_err();
+        assert!(matches!(fault, KernelFault::Truncated { part: "a loaded segment", .. }), "{fault}");
+    }
+
+    #[test]
     fn other_kinds_of_file_are_named() {
         let changed = |at: usize, byte: u8| {
             let mut file = sound_kernel();

@@ -59,9 +59,25 @@ fn builder_that_hangs_half_way() {
     );
 }
 
+/// That process. Dropped, also by a failing test, it is killed.
+struct Hanging(Child);
+
+impl Hanging {
+    fn kill(&mut self) -> Option<i32> {
+        let _ = self.0.kill();
+        self.0.wait().unwrap().signal()
+    }
+}
+
+impl Drop for Hanging {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
 /// Starts that process and returns when it is in the middle of its build.
-fn hanging_builder(store: &Store) -> Child {
-    let child = Command::new(std::env::current_exe().unwrap())
+fn hanging_builder(store: &Store) -> Hanging {
+    let mut child = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "store::tests::builder_that_hangs_half_way"])
         .env(CHILD_CACHE, store.root())
         .stdout(std::process::Stdio::null())
@@ -69,14 +85,10 @@ fn hanging_builder(store: &Store) -> Child {
         .unwrap();
     let half = store.root().join(format!("tmp/image-{}-0/out/file", child.id()));
     while !half.exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the other process ended before it was killed");
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
-    child
-}
-
-fn kill(mut child: Child) {
-    child.kill().unwrap();
-    assert_eq!(child.wait().unwrap().signal(), Some(9));
+    Hanging(child)
 }
 
 #[test]
@@ -96,7 +108,7 @@ fn an_entry_is_built_once_and_then_found() {
 #[test]
 fn a_builder_killed_half_way_leaves_no_entry_and_its_remains_are_swept() {
     let (_dir, store) = temp_store();
-    kill(hanging_builder(&store));
+    assert_eq!(hanging_builder(&store).kill(), Some(9));
     assert!(store.lookup(Kind::Image, &key()).unwrap().is_none());
     assert!(left_in_tmp(&store) > 0);
     let (path, built) = get(&store, "whole", &mut Silent).unwrap();
@@ -108,23 +120,20 @@ fn a_builder_killed_half_way_leaves_no_entry_and_its_remains_are_swept() {
 #[test]
 fn the_directory_of_a_living_builder_is_not_swept() {
     let (_dir, store) = temp_store();
-    let child = hanging_builder(&store);
+    let _living = hanging_builder(&store);
     drop(store.workplace(Kind::Kernel).unwrap());
     assert_eq!(left_in_tmp(&store), 2);
-    kill(child);
 }
 
 #[test]
 fn a_second_process_says_that_it_waits_for_the_first() {
-    struct KillOnMessage(Option<Child>, Vec<String>);
+    struct KillOnMessage(Option<Hanging>, Vec<String>);
     impl Progress for KillOnMessage {
         fn begin(&mut self, _: &str, _: Option<u64>, _: &str) {}
         fn advance(&mut self, _: u64) {}
         fn message(&mut self, text: &str) {
             self.1.push(text.to_owned());
-            if let Some(child) = self.0.take() {
-                kill(child);
-            }
+            self.0 = None;
         }
         fn end(&mut self) {}
     }

@@ -20,11 +20,16 @@ const ALWAYS: &[&str] = &[
     "mitigations=off random.trust_cpu=on",
 ];
 
-/// Parameters for hosts whose KVM emulates guest ring 0. CPUID is not virtualised there, so the kernel is
-/// told what not to use: instructions the emulator lacks (popcnt, clac/stac, invpcid, rdpid), string
-/// extensions that make `rep movsb` the copy of choice (one emulated turn a *byte*), and the XSAVE forms
-/// beyond the plain one that the instruction assist does.
-const SOFTWARE_KVM: &str = "clearcpuid=popcnt,smap,erms,fsrm,invpcid,pcid,rdpid noxsaves noxsaveopt";
+/// Parameters for hosts whose KVM emulates guest ring 0.
+const SOFTWARE_KVM: &[&str] = &[
+    // `syscall` arrives there as a fault in ring 3 at the entry point; our first kernel patch routes it.
+    "syscall_by_fault",
+    // CPUID is not virtualised there, so the kernel is told what not to use: instructions the emulator lacks
+    // (popcnt, clac/stac, invpcid, rdpid, cmpxchg16b), string extensions that make `rep movsb` the copy of
+    // choice (one emulated turn a *byte*), and the XSAVE forms beyond the plain one. Not `fsgsbase`: without
+    // it processes lose their FS base.
+    "clearcpuid=popcnt,smap,erms,fsrm,invpcid,pcid,rdpid,cx16,xsavec noxsaves noxsaveopt",
+];
 
 /// Builds the command line. `verbose` lets the kernel's boot messages reach the console ring.
 ///
@@ -34,7 +39,7 @@ pub fn build(kind: KvmKind, verbose: bool, devices: &str, extra: &str) -> Result
     let mut words: Vec<&str> = ALWAYS.to_vec();
     words.push(if verbose { "ignore_loglevel" } else { "quiet" });
     if kind == KvmKind::Software {
-        words.push(SOFTWARE_KVM);
+        words.extend(SOFTWARE_KVM);
     }
     words.extend([devices, extra]);
     words.retain(|w| !w.is_empty());

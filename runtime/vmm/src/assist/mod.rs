@@ -21,7 +21,9 @@
 //! | `xstate.rs` | the XSAVE image KVM gives and the component layout of the host |
 //! | `xsave.rs`, `fxsave.rs` | the XSAVE and FXSAVE families |
 //! | `integer.rs`, `system.rs` | general registers and flags; everything else |
+//! | `descriptor.rs` | LAR, LSL, VERR, VERW |
 
+mod descriptor;
 mod fxsave;
 mod integer;
 mod paging;
@@ -40,7 +42,8 @@ use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
-use paging::{Access, Paging, Span};
+use paging::Span;
+pub(crate) use paging::{Access, Paging};
 pub use refusal::{Reason, Unassisted};
 use step::{Step, Stop};
 pub use table::{Counters, Op};
@@ -53,6 +56,9 @@ pub const MAX_INSTRUCTION_BYTES: usize = 15;
 const CR0_PG: u64 = 1 << 31;
 /// EFER.LMA: long mode is active.
 const EFER_LMA: u64 = 1 << 10;
+
+/// RFLAGS.RF: the next instruction hits no code breakpoint.
+const RFLAGS_RF: u64 = 1 << 16;
 
 /// An exception the guest is to take before its next instruction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +91,8 @@ pub trait CpuState {
     fn commit_xsave(&mut self) -> io::Result<()>;
     /// XCR0 (KVM_GET_XCRS).
     fn xcr0(&mut self) -> io::Result<u64>;
-    /// A model-specific register (KVM_GET_MSRS): IA32_TSC_AUX for RDPID, IA32_XSS for XSAVES.
+    /// A model-specific register (KVM_GET_MSRS): IA32_TIME_STAMP_COUNTER and IA32_TSC_AUX for RDTSCP and
+    /// RDPID, IA32_XSS for XSAVES.
     fn msr(&mut self, index: u32) -> io::Result<u64>;
     /// 64 random bits (getrandom), for RDRAND and RDSEED.
     fn random(&mut self) -> io::Result<u64>;
@@ -103,8 +110,8 @@ pub trait CpuState {
     ) -> io::Result<u128>;
     /// Makes the guest take `exception` before its next instruction (KVM_SET_VCPU_EVENTS, and CR2).
     ///
-    /// KVM has queued a #UD when it exits for an instruction it cannot emulate. KVM_SET_REGS drops
-    /// it, so the registers must be set even if nothing in them changed, and before the events.
+    /// Some KVMs queue a #UD when they exit for an instruction they cannot emulate. KVM_SET_REGS drops it, so
+    /// the registers must be set even if nothing in them changed, and before the events.
     fn inject(&mut self, exception: Exception);
 }
 
@@ -137,7 +144,12 @@ pub fn assist(
     let (op, run) = table::find(insn.mnemonic()).ok_or_else(|| refuse(Reason::Unknown))?;
     let mut step = Step { cpu, host, mem, insn };
     match run(&mut step) {
-        Ok(()) => step.cpu.regs_mut().rip = insn.next_ip(),
+        Ok(()) => {
+            let regs = step.cpu.regs_mut();
+            regs.rip = insn.next_ip();
+            // A completed instruction clears RF (SDM vol. 3, 18.3.1.1).
+            regs.rflags &= !RFLAGS_RF;
+        }
         Err(Stop::Fault(exception)) => step.cpu.inject(exception),
         Err(Stop::Refused(reason)) => return Err(refuse(reason)),
     }

@@ -47,7 +47,7 @@ const MAX_RACES: usize = 1000;
 
 /// What an access does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Access {
+pub(crate) enum Access {
     Read,
     Write,
     /// An instruction fetch that KVM has already allowed: permissions are not checked again.
@@ -55,7 +55,7 @@ pub(super) enum Access {
 }
 
 /// The registers that decide a walk, read once for each instruction.
-pub(super) struct Paging<'a> {
+pub(crate) struct Paging<'a> {
     mem: &'a GuestMemoryMmap<()>,
     root: u64,
     levels: u32,
@@ -75,7 +75,7 @@ struct Leaf {
 }
 
 impl<'a> Paging<'a> {
-    pub(super) fn new(
+    pub(crate) fn new(
         cpu: &mut dyn CpuState,
         host: &HostCpu,
         mem: &'a GuestMemoryMmap<()>,
@@ -104,6 +104,16 @@ impl<'a> Paging<'a> {
         let canonical = |at: u64| ((at << unused) as i64 >> unused) as u64 == at;
         let last = linear.checked_add(len.saturating_sub(1) as u64);
         canonical(linear) && last.is_some_and(canonical)
+    }
+
+    /// Where `linear` lies in guest-physical memory, and how many bytes from there one leaf entry maps; `None`
+    /// where an access would fault.
+    pub(crate) fn reach(&self, linear: u64, access: Access) -> Option<(u64, u64)> {
+        if !self.is_canonical(linear, 1) {
+            return None;
+        }
+        let leaf = self.translate(linear, access).ok()?;
+        Some((leaf.gpa, leaf.last_linear.wrapping_sub(linear).saturating_add(1)))
     }
 
     fn translate(&self, linear: u64, access: Access) -> Result<Leaf, Stop> {

@@ -20,7 +20,7 @@ const VECTOR_PF: u8 = 14;
 
 /// Why an instruction did not complete.
 #[derive(Debug)]
-pub(super) enum Stop {
+pub(crate) enum Stop {
     /// It faults: the guest's handler runs with RIP at the instruction.
     Fault(Exception),
     /// The assist cannot do it.

@@ -8,6 +8,8 @@ use super::xstate::Image;
 const RFLAGS_AC: u64 = 1 << 18;
 const CR4_FSGSBASE: u64 = 1 << 16;
 const CR4_OSXSAVE: u64 = 1 << 18;
+const CR4_PKE: u64 = 1 << 22;
+const IA32_TIME_STAMP_COUNTER: u32 = 0x10;
 const IA32_TSC_AUX: u32 = 0xc000_0103;
 const VECTOR_BP: u8 = 3;
 
@@ -47,6 +49,43 @@ pub(super) fn rdpid(step: &mut Step<'_>) -> Result<(), Stop> {
     let value = step.cpu.msr(IA32_TSC_AUX)?;
     step.set_reg(step.insn.op0_register(), value & 0xffff_ffff);
     Ok(())
+}
+
+/// RDTSCP is not #UD or #GP in ring 0 whatever CR4.TSD says (SDM vol. 2).
+pub(super) fn rdtscp(step: &mut Step<'_>) -> Result<(), Stop> {
+    let now = step.cpu.msr(IA32_TIME_STAMP_COUNTER)?;
+    let aux = step.cpu.msr(IA32_TSC_AUX)?;
+    let regs = step.cpu.regs_mut();
+    regs.rax = now & 0xffff_ffff;
+    regs.rdx = now >> 32;
+    regs.rcx = aux & 0xffff_ffff;
+    Ok(())
+}
+
+pub(super) fn rdpkru(step: &mut Step<'_>) -> Result<(), Stop> {
+    check_pkru(step, step.cpu.regs().rcx)?;
+    let value = Image::new(step.cpu.xsave()?, &step.host.layout)?.pkru();
+    let regs = step.cpu.regs_mut();
+    regs.rax = u64::from(value);
+    regs.rdx = 0;
+    Ok(())
+}
+
+pub(super) fn wrpkru(step: &mut Step<'_>) -> Result<(), Stop> {
+    let regs = step.cpu.regs();
+    check_pkru(step, regs.rcx | regs.rdx)?;
+    let value = regs.rax as u32;
+    Image::new(step.cpu.xsave()?, &step.host.layout)?.set_pkru(value)?;
+    step.cpu.commit_xsave()?;
+    Ok(())
+}
+
+/// #UD without CR4.PKE; #GP if the registers that must be 0 are not, 32 bits of each (SDM vol. 2).
+fn check_pkru(step: &Step<'_>, zero: u64) -> Result<(), Stop> {
+    if step.cpu.sregs().cr4 & CR4_PKE == 0 {
+        return Err(undefined_opcode());
+    }
+    if zero as u32 == 0 { Ok(()) } else { Err(general_protection()) }
 }
 
 /// XGETBV: XCR0, or with ECX = 1 the components in use (SDM vol. 1, 13.3).

@@ -5,7 +5,7 @@ use std::fmt;
 use iced_x86::Mnemonic;
 
 use super::step::{Step, Stop};
-use super::{fxsave, integer, system, xsave};
+use super::{descriptor, fxsave, integer, system, xsave};
 
 /// Does one instruction's work; the caller then moves RIP past it.
 type Run = fn(&mut Step<'_>) -> Result<(), Stop>;
@@ -75,6 +75,13 @@ instructions! {
         Prefetcht1, Prefetcht2, Prefetch, Prefetchw, Prefetchwt1;
     Flush "clflush" system::flush: Clflush, Clflushopt, Clwb;
     Rdpid "rdpid" system::rdpid: Rdpid;
+    Rdtscp "rdtscp" system::rdtscp: Rdtscp;
+    Rdpkru "rdpkru" system::rdpkru: Rdpkru;
+    Wrpkru "wrpkru" system::wrpkru: Wrpkru;
+    Lar "lar" descriptor::lar: Lar;
+    Lsl "lsl" descriptor::lsl: Lsl;
+    Verr "verr" descriptor::verr: Verr;
+    Verw "verw" descriptor::verw: Verw;
     Xgetbv "xgetbv" system::xgetbv: Xgetbv;
     Rdfsbase "rdfsbase" system::rdfsbase: Rdfsbase;
     Rdgsbase "rdgsbase" system::rdgsbase: Rdgsbase;

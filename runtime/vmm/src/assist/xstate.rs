@@ -216,6 +216,18 @@ impl<'a> Image<'a> {
         if held && at.len() >= 4 && at.end <= self.bytes.len() { u32_at(self.bytes, at.start) } else { 0 }
     }
 
+    /// Sets PKRU, which then counts as in use.
+    pub(super) fn set_pkru(&mut self, value: u32) -> Result<(), Stop> {
+        let component = 1 << PKRU_COMPONENT;
+        self.layout.check_known(component)?;
+        self.check_holds(component)?;
+        let at = self.layout.standard(PKRU_COMPONENT);
+        self.bytes[at.clone()].fill(0);
+        put(self.bytes, at.start, &value.to_le_bytes());
+        self.set_in_use(self.in_use() | component);
+        Ok(())
+    }
+
     /// Writes the initial configuration (SDM vol. 1, 13.6) of some components. MXCSR is left.
     pub(super) fn initialise(&mut self, components: u64) {
         if components & X87 != 0 {
@@ -231,9 +243,8 @@ impl<'a> Image<'a> {
         }
     }
 
-    /// The x87 control bytes as the forms without REX.W store them: 32-bit FIP and FDP. The segment
-    /// selectors beside them are 0, as on every processor that runs 64-bit guests
-    /// (CPUID.7.EBX[13]; AMD APM vol. 2, 11.4.4).
+    /// The x87 control bytes in the form with REX.W, or without it: then FIP and FDP are 32 bits, and the
+    /// segment selectors beside them 0, as processors that no longer keep them have it (CPUID.7.EBX[13]).
     pub(super) fn x87_control(&self, wide: bool) -> [u8; 24] {
         let mut control = [0; 24];
         control.copy_from_slice(&self.bytes[X87_CONTROL]);

@@ -16,7 +16,7 @@ pub mod virtqueue;
 pub mod vsock;
 
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 use std::fs::File;
 use std::io;

@@ -4,5 +4,6 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod atomic;
+pub(crate) mod fill;
 pub(crate) mod kick;
 pub(crate) mod kvm;

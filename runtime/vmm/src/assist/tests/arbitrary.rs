@@ -23,7 +23,10 @@ fn any_code() -> impl Strategy<Value = Vec<u8>> {
         Just(vec![0x0f, 0xb8]),
         Just(vec![0x0f, 0xbc]),
         Just(vec![0x0f, 0xbd]),
+        Just(vec![0x0f, 0x00]),
         Just(vec![0x0f, 0x01]),
+        Just(vec![0x0f, 0x02]),
+        Just(vec![0x0f, 0x03]),
         Just(vec![0x0f, 0x38, 0xf0]),
         Just(vec![0x0f, 0x38, 0xf1]),
         Just(vec![0xc4, 0xe2, 0x60, 0xf2]),
@@ -73,15 +76,17 @@ fn set_registers(regs: &mut kvm_regs, values: &[u64; 16]) {
     }
 }
 
+/// Just the page tables and the data, with room beside each that nothing maps.
+const SMALL_RAM: [(u64, usize); 2] = [(0x10_0000, 0x1_0000), (DATA_GPA, 0x1_0000)];
+
 /// RAM that is not mapped for the guest must not change, except accessed and dirty bits.
 fn untouchable(m: &Machine) -> Vec<u8> {
-    let data = DATA_GPA as usize..(DATA_GPA + DATA_PAGES * 0x1000) as usize;
-    let mut ram = m.bytes(0, RAM[0].1);
-    ram.drain(data);
-    for entry in ram[0x10_0000..0x10_8000].chunks_exact_mut(8) {
+    let mut ram = m.bytes(SMALL_RAM[0].0, SMALL_RAM[0].1);
+    for entry in ram.chunks_exact_mut(8) {
         entry[0] &= !((ACCESSED | DIRTY) as u8);
     }
-    ram.extend(m.bytes(RAM[1].0, RAM[1].1));
+    let data = (DATA_PAGES * 0x1000) as usize;
+    ram.extend(m.bytes(DATA_GPA + data as u64, SMALL_RAM[1].1 - data));
     ram
 }
 
@@ -97,7 +102,7 @@ proptest! {
         rflags: u64,
         header in prop::array::uniform16(any::<u8>()),
     ) {
-        let mut m = Machine::new();
+        let mut m = Machine::with_ram(&SMALL_RAM);
         set_registers(&mut m.cpu.regs, &registers);
         m.cpu.regs.rflags = rflags;
         m.cpu.sregs.fs.base = fs;

@@ -104,3 +104,11 @@ fn counters_print_what_was_done_in_the_table_s_order() {
     assert_eq!((sum.get(Op::Popcnt), sum.total()), (4, 6));
     assert!(Op::ALL.iter().enumerate().all(|(i, op)| *op as usize == i));
 }
+
+#[test]
+fn a_completed_instruction_clears_the_resume_flag() {
+    let mut m = Machine::new();
+    m.cpu.regs.rflags |= 1 << 16;
+    m.done(&[0xf3, 0x90]);
+    assert_eq!(m.cpu.regs.rflags, 2);
+}

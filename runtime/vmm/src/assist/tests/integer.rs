@@ -1,7 +1,11 @@
 //! General registers, flags, plain memory.
 
+use std::sync::atomic::Ordering;
+use std::thread;
+
 use proptest::prelude::*;
 
+use super::super::paging::atomic_u64;
 use super::*;
 
 const CF: u64 = 1;
@@ -180,4 +184,31 @@ fn a_failed_comparison_still_needs_a_writable_page() {
         m.cpu.regs.rax = 1;
         assert_eq!(m.fault(bytes), page_fault(3, DATA));
     }
+}
+
+#[test]
+fn cmpxchg8b_loses_no_update_of_another_thread() {
+    const TURNS: u64 = 20_000;
+    let mut m = Machine::new();
+    let mem = m.mem.clone();
+    let other = thread::spawn(move || {
+        let cell = atomic_u64(&mem, DATA_GPA).unwrap();
+        for _ in 0..TURNS {
+            cell.fetch_add(1 << 32, Ordering::SeqCst);
+            std::hint::spin_loop();
+        }
+    });
+    m.cpu.regs.rsi = DATA;
+    let mut mine = 0;
+    while mine < TURNS {
+        let regs = &mut m.cpu.regs;
+        (regs.rbx, regs.rcx) = (regs.rax + 1, regs.rdx);
+        m.done(&[0xf0, 0x0f, 0xc7, 0x0e]);
+        if m.cpu.regs.rflags & ZF != 0 {
+            mine += 1;
+            (m.cpu.regs.rax, m.cpu.regs.rdx) = (m.cpu.regs.rbx, m.cpu.regs.rcx);
+        }
+    }
+    other.join().unwrap();
+    assert_eq!(m.read_u64(DATA_GPA), TURNS << 32 | TURNS);
 }

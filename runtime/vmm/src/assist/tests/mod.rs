@@ -1,13 +1,16 @@
 //! Tests of the assist on a machine made of plain data: a fake vCPU, 8 MiB of RAM with a hole, real
 //! page tables. `native.rs` alone runs the instructions themselves, to compare.
+#![allow(clippy::unwrap_used)]
 
 mod arbitrary;
 mod decoding;
+mod descriptor;
 mod integer;
 mod native;
 mod paging;
 mod system;
 mod xstate;
+mod xstate_faults;
 
 use std::io;
 use std::sync::LazyLock;
@@ -69,7 +72,9 @@ pub(super) struct FakeCpu {
     pub(super) image: Vec<u8>,
     pub(super) commits: usize,
     pub(super) xcr0: u64,
+    /// What every MSR holds, unless one of its own is here.
     pub(super) msr: u64,
+    pub(super) tsc: u64,
     pub(super) injected: Vec<Exception>,
 }
 
@@ -103,8 +108,8 @@ impl CpuState for FakeCpu {
         Ok(self.xcr0)
     }
 
-    fn msr(&mut self, _: u32) -> io::Result<u64> {
-        Ok(self.msr)
+    fn msr(&mut self, index: u32) -> io::Result<u64> {
+        Ok(if index == 0x10 { self.tsc } else { self.msr })
     }
 
     fn random(&mut self) -> io::Result<u64> {
@@ -144,7 +149,11 @@ pub(super) struct Machine {
 impl Machine {
     /// Ring 0 of a 64-bit kernel, with [`DATA`] mapped.
     pub(super) fn new() -> Self {
-        let ranges = RAM.map(|(start, len)| (GuestAddress(start), len));
+        Self::with_ram(&RAM)
+    }
+
+    pub(super) fn with_ram(ram: &[(u64, usize)]) -> Self {
+        let ranges: Vec<_> = ram.iter().map(|(at, len)| (GuestAddress(*at), *len)).collect();
         let mut sregs = kvm_sregs {
             cr0: 0x8005_0033 & !CR0_TS,
             cr3: TABLES,
@@ -161,6 +170,7 @@ impl Machine {
             commits: 0,
             xcr0: native::xcr0(),
             msr: 0,
+            tsc: 0x0123_4567_89ab_cdef,
             injected: Vec::new(),
         };
         let mut machine = Self {
@@ -248,6 +258,23 @@ impl Machine {
         assert_eq!(self.cpu.injected.len(), 1, "one exception");
         self.cpu.injected.remove(0)
     }
+}
+
+/// A processor as Intel makes them: a hole where MPX was, PKRU, and AMX aligned when compacted.
+pub(super) fn intel() -> HostCpu {
+    HostCpu::from_cpuid(|leaf, subleaf| match (leaf, subleaf) {
+        (0xd, 0) => [0x602e7, 0, 0, 0],
+        (0xd, 2) => [256, 576, 0, 0],
+        (0xd, 5) => [64, 1088, 0, 0],
+        (0xd, 6) => [512, 1152, 0, 0],
+        (0xd, 7) => [1024, 1664, 0, 0],
+        (0xd, 9) => [8, 2688, 0, 0],
+        (0xd, 17) => [64, 2752, 2, 0],
+        (0xd, 18) => [8192, 2816, 6, 0],
+        (0x8000_0000, _) => [0x8000_0008, 0, 0, 0],
+        (0x8000_0008, _) => [46, 0, 0, 0],
+        _ => [0; 4],
+    })
 }
 
 pub(super) fn general_protection() -> Exception {

@@ -8,9 +8,6 @@ use std::fmt;
 use std::ptr;
 use std::sync::Once;
 
-use super::super::xstate::{EXTENDED_START, extended};
-use crate::assist::HostCpu;
-
 /// Components these tests load with random bytes. PKRU would take away access to memory, AMX needs
 /// permission from the kernel.
 pub(super) const SAFE: u64 = 0xe7;
@@ -42,11 +39,6 @@ pub(super) fn initial_image() -> Vec<u8> {
     let mut area = Area([0; AREA_BYTES]);
     area.0[24..28].copy_from_slice(&0x1f80u32.to_le_bytes());
     state_after(&area).0.to_vec()
-}
-
-/// Bytes of the standard format's area with all of `components`.
-pub(super) fn standard_bytes(host: &HostCpu, components: u64) -> usize {
-    extended(components).map(|i| host.layout.standard(i).end).max().unwrap_or(EXTENDED_START)
 }
 
 /// The state XRSTOR64 makes of an area whose safe components are valid, as XSAVE64 writes it.

@@ -113,15 +113,7 @@ fn protection_keys_bind_the_kernel_on_user_pages() {
     let mut m = machine_at(0x40_0000);
     m.map(0x40_0000, GPA, KERNEL | USER | 3 << 59);
     m.cpu.sregs.cr4 |= CR4_PKE;
-    // Component 9, PKRU, where Intel processors have it.
-    m.host = HostCpu::from_cpuid(|leaf, subleaf| match (leaf, subleaf) {
-        (0xd, 0) => [0x207, 0, 0, 0],
-        (0xd, 2) => [256, 576, 0, 0],
-        (0xd, 9) => [8, 2688, 0, 0],
-        (0x8000_0000, _) => [0x8000_0008, 0, 0, 0],
-        (0x8000_0008, _) => [48, 0, 0, 0],
-        _ => [0; 4],
-    });
+    m.host = intel();
     m.cpu.image[513] |= 2;
     for (pkru, read, write) in [(0, true, true), (2, true, false), (1, false, false)] {
         m.cpu.image[2688] = pkru << 6;

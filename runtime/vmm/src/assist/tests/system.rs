@@ -138,3 +138,39 @@ fn fwait_with_mp_and_ts_is_device_not_available() {
     m.cpu.sregs.cr0 &= !CR0_MP;
     m.done(&[0x9b]);
 }
+
+#[test]
+fn rdtscp_reads_the_guest_s_time_and_cpu_number() {
+    let mut m = Machine::new();
+    m.cpu.msr = 0xffff_ffff_0000_1001;
+    m.cpu.regs.rcx = u64::MAX;
+    m.done(&[0x0f, 0x01, 0xf9]);
+    assert_eq!((m.cpu.regs.rax, m.cpu.regs.rdx), (0x89ab_cdef, 0x0123_4567));
+    assert_eq!(m.cpu.regs.rcx, 0x1001);
+}
+
+#[test]
+fn wrpkru_sets_what_rdpkru_reads_and_the_walk_obeys() {
+    let mut m = Machine::new();
+    m.host = intel();
+    m.cpu.sregs.cr4 |= CR4_PKE;
+    m.cpu.regs.rax = 0xdead_0000_5555_5554;
+    m.done(&[0x0f, 0x01, 0xef]);
+    assert_eq!((m.cpu.commits, m.cpu.image[513] & 2), (1, 2));
+    m.cpu.regs.rdx = 1;
+    m.done(&[0x0f, 0x01, 0xee]);
+    assert_eq!((m.cpu.regs.rax, m.cpu.regs.rdx), (0x5555_5554, 0));
+}
+
+#[test]
+fn protection_key_instructions_check_their_registers() {
+    let mut m = Machine::new();
+    m.host = intel();
+    assert_eq!(m.fault(&[0x0f, 0x01, 0xee]), plain(6));
+    assert_eq!(m.fault(&[0x0f, 0x01, 0xef]), plain(6));
+    m.cpu.sregs.cr4 |= CR4_PKE;
+    m.cpu.regs.rdx = 1;
+    assert_eq!(m.fault(&[0x0f, 0x01, 0xef]), general_protection());
+    m.cpu.regs.rcx = 1;
+    assert_eq!(m.fault(&[0x0f, 0x01, 0xee]), general_protection());
+}

@@ -6,23 +6,23 @@ use super::super::xstate::extended;
 use super::native::{AREA_BYTES, Area, SAFE};
 use super::*;
 
-const XSAVE: &[u8] = &[0x0f, 0xae, 0x26];
-const XSAVE64: &[u8] = &[0x48, 0x0f, 0xae, 0x26];
-const XSAVEOPT64: &[u8] = &[0x48, 0x0f, 0xae, 0x36];
-const XSAVEC64: &[u8] = &[0x48, 0x0f, 0xc7, 0x26];
-const XSAVES64: &[u8] = &[0x48, 0x0f, 0xc7, 0x2e];
-const XRSTOR: &[u8] = &[0x0f, 0xae, 0x2e];
-const XRSTOR64: &[u8] = &[0x48, 0x0f, 0xae, 0x2e];
-const XRSTORS64: &[u8] = &[0x48, 0x0f, 0xc7, 0x1e];
-const FXSAVE: &[u8] = &[0x0f, 0xae, 0x06];
-const FXSAVE64: &[u8] = &[0x48, 0x0f, 0xae, 0x06];
-const FXRSTOR: &[u8] = &[0x0f, 0xae, 0x0e];
-const FXRSTOR64: &[u8] = &[0x48, 0x0f, 0xae, 0x0e];
-const LDMXCSR: &[u8] = &[0x0f, 0xae, 0x16];
-const STMXCSR: &[u8] = &[0x0f, 0xae, 0x1e];
+pub(super) const XSAVE: &[u8] = &[0x0f, 0xae, 0x26];
+pub(super) const XSAVE64: &[u8] = &[0x48, 0x0f, 0xae, 0x26];
+pub(super) const XSAVEOPT64: &[u8] = &[0x48, 0x0f, 0xae, 0x36];
+pub(super) const XSAVEC64: &[u8] = &[0x48, 0x0f, 0xc7, 0x26];
+pub(super) const XSAVES64: &[u8] = &[0x48, 0x0f, 0xc7, 0x2e];
+pub(super) const XRSTOR: &[u8] = &[0x0f, 0xae, 0x2e];
+pub(super) const XRSTOR64: &[u8] = &[0x48, 0x0f, 0xae, 0x2e];
+pub(super) const XRSTORS64: &[u8] = &[0x48, 0x0f, 0xc7, 0x1e];
+pub(super) const FXSAVE: &[u8] = &[0x0f, 0xae, 0x06];
+pub(super) const FXSAVE64: &[u8] = &[0x48, 0x0f, 0xae, 0x06];
+pub(super) const FXRSTOR: &[u8] = &[0x0f, 0xae, 0x0e];
+pub(super) const FXRSTOR64: &[u8] = &[0x48, 0x0f, 0xae, 0x0e];
+pub(super) const LDMXCSR: &[u8] = &[0x0f, 0xae, 0x16];
+pub(super) const STMXCSR: &[u8] = &[0x0f, 0xae, 0x1e];
 
 /// Bytes that a seed decides (xorshift64*): large areas without large test cases.
-fn noise(seed: u64) -> Area {
+pub(super) fn noise(seed: u64) -> Area {
     let mut area = Area([0; AREA_BYTES]);
     let mut state = seed | 1;
     for chunk in area.0.chunks_exact_mut(8) {
@@ -34,7 +34,7 @@ fn noise(seed: u64) -> Area {
     area
 }
 
-fn put(area: &mut Area, at: usize, value: u64) {
+pub(super) fn put(area: &mut Area, at: usize, value: u64) {
     area.0[at..at + 8].copy_from_slice(&value.to_le_bytes());
 }
 
@@ -48,7 +48,7 @@ fn set_mxcsr(area: &mut Area, value: u32) {
 }
 
 /// A valid area in the standard format.
-fn standard(seed: u64, components: u64, initial_mxcsr: bool) -> Area {
+pub(super) fn standard(seed: u64, components: u64, initial_mxcsr: bool) -> Area {
     let mut area = noise(seed);
     area.0[512..576].fill(0);
     put(&mut area, 512, components & SAFE & native::xcr0());
@@ -63,7 +63,7 @@ fn standard(seed: u64, components: u64, initial_mxcsr: bool) -> Area {
 }
 
 /// A valid area in the compacted format.
-fn compacted(seed: u64, format: u64, components: u64, initial_mxcsr: bool) -> Area {
+pub(super) fn compacted(seed: u64, format: u64, components: u64, initial_mxcsr: bool) -> Area {
     let mut area = standard(seed, components & format, initial_mxcsr);
     put(&mut area, 520, format & SAFE & native::xcr0() | 1 << 63);
     area
@@ -101,7 +101,7 @@ fn any_mask() -> impl Strategy<Value = u64> {
 }
 
 /// A machine whose vCPU has the state the processor makes of `load`.
-fn machine(load: &Area, mask: u64) -> Machine {
+pub(super) fn machine(load: &Area, mask: u64) -> Machine {
     let mut m = Machine::new();
     m.cpu.image = native::state_after(load).0.to_vec();
     m.cpu.regs.rsi = DATA;
@@ -110,7 +110,7 @@ fn machine(load: &Area, mask: u64) -> Machine {
     m
 }
 
-fn same_bytes(ours: &[u8], theirs: &[u8], what: &str) -> Result<(), String> {
+pub(super) fn same_bytes(ours: &[u8], theirs: &[u8], what: &str) -> Result<(), String> {
     let Some(at) = ours.iter().zip(theirs).position(|(a, b)| a != b) else {
         return Ok(());
     };
@@ -147,7 +147,7 @@ fn count_mxcsr(image: &mut [u8]) {
 }
 
 /// Compares two images of the state, component by component.
-fn same_state(host: &HostCpu, ours: &[u8], theirs: &[u8], what: &str) -> Result<(), String> {
+pub(super) fn same_state(host: &HostCpu, ours: &[u8], theirs: &[u8], what: &str) -> Result<(), String> {
     let mut theirs = theirs.to_vec();
     count_mxcsr(&mut theirs);
     // SSE may stay marked from before, when MXCSR was not the initial one.
@@ -193,7 +193,7 @@ fn compare_restore(form: &Restore, load: &Area, source: &Area, mask: u64) -> Res
         return same.then_some(()).ok_or_else(|| format!("only the processor's {name} faults"));
     };
     m.run(bytes).unwrap();
-    if m.cpu.injected != [] {
+    if !m.cpu.injected.is_empty() {
         return Err(format!("the processor's {name} does not fault"));
     }
     assert_eq!(m.cpu.commits, 1, "a restore commits once");
@@ -222,6 +222,20 @@ proptest! {
     ) {
         for form in RESTORES {
             steadily(|| compare_restore(form, &load, &source, mask));
+        }
+    }
+}
+
+#[test]
+fn every_bit_of_the_header_is_checked_as_the_processor_checks_it() {
+    let load = standard(1, SAFE, true);
+    for area in [standard(2, 5, true), compacted(3, 0x47, 0x45, true)] {
+        for bit in 0..512 {
+            let mut source = area.clone();
+            source.0[512 + bit / 8] ^= 1 << (bit % 8);
+            for form in &RESTORES[..2] {
+                steadily(|| compare_restore(form, &load, &source, SAFE));
+            }
         }
     }
 }
