@@ -13,9 +13,8 @@ const IA32_TIME_STAMP_COUNTER: u32 = 0x10;
 const IA32_TSC_AUX: u32 = 0xc000_0103;
 const VECTOR_BP: u8 = 3;
 
-/// INT3 is a trap: the handler sees RIP after it (SDM vol. 3, 6.15).
+/// INT3 is a trap: it completes, so the handler sees RIP after it (SDM vol. 3, 6.15).
 pub(super) fn int3(step: &mut Step<'_>) -> Result<(), Stop> {
-    step.cpu.regs_mut().rip = step.insn.next_ip();
     step.cpu.inject(Exception { vector: VECTOR_BP, error_code: None, cr2: None });
     Ok(())
 }

@@ -77,6 +77,15 @@ fn selectors_that_select_nothing_have_no_answer() {
 }
 
 #[test]
+fn a_descriptor_partly_beyond_its_table_has_no_answer() {
+    let mut m = machine();
+    m.cpu.sregs.ldt.limit = 6;
+    m.cpu.regs.rbx = 4;
+    m.done(LSL);
+    assert_eq!(m.cpu.regs.rflags & ZF, 0);
+}
+
+#[test]
 fn a_requested_privilege_below_the_segment_s_has_no_answer() {
     assert_eq!(ask(LSL, 0x1b), None);
     assert!(ask(LSL, 0x3b).is_some(), "conforming code is for everyone");

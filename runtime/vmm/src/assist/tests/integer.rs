@@ -1,6 +1,7 @@
 //! General registers, flags, plain memory.
 
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use proptest::prelude::*;
@@ -188,15 +189,21 @@ fn a_failed_comparison_still_needs_a_writable_page() {
 
 #[test]
 fn cmpxchg8b_loses_no_update_of_another_thread() {
-    const TURNS: u64 = 20_000;
+    const TURNS: u64 = 60_000;
     let mut m = Machine::new();
     let mem = m.mem.clone();
+    let stop = Arc::new(AtomicBool::new(false));
+    let stopped = stop.clone();
     let other = thread::spawn(move || {
         let cell = atomic_u64(&mem, DATA_GPA).unwrap();
-        for _ in 0..TURNS {
+        let mut added = 0u32;
+        while !stopped.load(Ordering::SeqCst) {
             cell.fetch_add(1 << 32, Ordering::SeqCst);
-            std::hint::spin_loop();
+            added = added.wrapping_add(1);
+            // Long enough apart for the other thread to succeed between two, and now and then at one.
+            (0..500).for_each(|_| std::hint::spin_loop());
         }
+        u64::from(added)
     });
     m.cpu.regs.rsi = DATA;
     let mut mine = 0;
@@ -209,6 +216,7 @@ fn cmpxchg8b_loses_no_update_of_another_thread() {
             (m.cpu.regs.rax, m.cpu.regs.rdx) = (m.cpu.regs.rbx, m.cpu.regs.rcx);
         }
     }
-    other.join().unwrap();
-    assert_eq!(m.read_u64(DATA_GPA), TURNS << 32 | TURNS);
+    stop.store(true, Ordering::SeqCst);
+    let theirs = other.join().unwrap();
+    assert_eq!(m.read_u64(DATA_GPA), theirs << 32 | TURNS);
 }

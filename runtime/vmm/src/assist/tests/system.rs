@@ -155,6 +155,7 @@ fn wrpkru_sets_what_rdpkru_reads_and_the_walk_obeys() {
     m.host = intel();
     m.cpu.sregs.cr4 |= CR4_PKE;
     m.cpu.regs.rax = 0xdead_0000_5555_5554;
+    m.cpu.regs.rdx = 0xdead_0000_0000_0000;
     m.done(&[0x0f, 0x01, 0xef]);
     assert_eq!((m.cpu.commits, m.cpu.image[513] & 2), (1, 2));
     m.cpu.regs.rdx = 1;
