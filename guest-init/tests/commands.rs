@@ -53,6 +53,22 @@ fn a_command_that_is_not_there_is_127_and_one_that_cannot_run_is_126() {
 }
 
 #[test]
+fn a_program_on_the_path_that_may_not_be_executed_is_126_unless_a_later_one_may() {
+    let directory = std::env::temp_dir().join(format!("guest-init-path-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    std::fs::write(directory.join("true"), "not executable").unwrap();
+    let only = format!("PATH={}:/no/such", directory.display());
+    let more = format!("{only}:/usr/bin:/bin");
+    let mut agent = Agent::start();
+    let mut run = |path: &str| {
+        agent.line.run_request(1, &ExecRequest { argv: &["true"], env: &[path], ..ExecRequest::default() })
+    };
+    assert_eq!(run(&only).failed.unwrap().0, 13);
+    assert_eq!(run(&more).code(), 0);
+    std::fs::remove_dir_all(directory).unwrap();
+}
+
+#[test]
 fn a_directory_that_is_not_there_fails_before_the_program() {
     let mut agent = Agent::start();
     let request = ExecRequest { cwd: b"/no/such", argv: &["true"], ..ExecRequest::default() };

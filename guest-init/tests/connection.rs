@@ -3,13 +3,17 @@
 
 mod host;
 
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::process::Command;
 use std::time::Duration;
 
 use guest_init::{
     ADOPT_FAILED_CLOCK, ADOPT_FAILED_ENTROPY, ADOPT_FAILED_HOSTNAME, Adopt, EXEC_STDIN, ErrorCode,
     ExecRequest, Kind, ToGuest, ToHost,
 };
-use host::Agent;
+use host::{Agent, Line};
 
 #[test]
 fn garbage_is_answered_with_an_error_and_the_connection_closed() {
@@ -37,13 +41,14 @@ fn garbage_is_answered_with_an_error_and_the_connection_closed() {
 
 #[test]
 fn random_bytes_never_end_the_agent() {
-    let mut agent = Agent::start_listening("random");
+    let agent = Agent::start_listening("random");
     let mut state = 1u32;
     for round in 0..200 {
         let bytes: Vec<u8> = (0..200)
             .map(|at| {
                 state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                // Often a plausible header, so that also the payloads are reached. No Exec: it would be run.
+                // Often a plausible header, so that also the payloads are reached. No Exec: it would
+                // be run. Shutdown has a length here, and so is refused.
                 match at % 20 {
                     0 => 2 + (state >> 16) as u8 % 9,
                     1..=3 | 9..=11 => 0,
@@ -56,11 +61,9 @@ fn random_bytes_never_end_the_agent() {
         let mut line = agent.reconnect();
         line.send_raw(&bytes);
         line.hang_up();
-        if agent.process.try_wait().unwrap().is_some() {
-            // A Shutdown among them ended it, as it should.
-            agent = Agent::start_listening(&format!("random{round}"));
-        }
     }
+    let mut line = agent.reconnect();
+    assert_eq!(line.run(1, &["true"]).code(), 0);
 }
 
 #[test]
@@ -89,6 +92,50 @@ fn a_thousand_pings_at_once_are_all_answered() {
     for nonce in 0..5000 {
         assert_eq!(agent.line.expect(Kind::Pong).message(), ToHost::Pong { nonce });
     }
+}
+
+#[test]
+fn answers_that_are_longer_than_their_questions_all_arrive() {
+    let mut agent = Agent::start();
+    agent.line.exec(1, &ExecRequest { flags: EXEC_STDIN, argv: &["cat"], ..ExecRequest::default() });
+    agent.line.expect(Kind::Started);
+    let mut frame = [0; 32];
+    let len = ToGuest::Signal { signo: 4000 }.encode(1, &mut frame).unwrap();
+    // One read's worth of questions, and more than one send's worth of answers.
+    agent.line.send_raw(&frame[..len].repeat(4000));
+    for _ in 0..4000 {
+        agent.line.expect(Kind::Error);
+    }
+    agent.line.send(1, &ToGuest::StdinEof);
+    assert_eq!(agent.line.finish(1).code(), 0);
+}
+
+#[test]
+fn a_host_that_writes_and_does_not_read_is_answered_in_full_when_it_does() {
+    let (mut socket, theirs) = UnixStream::pair().unwrap();
+    let mut process =
+        Command::new(host::program()).args(["--serve-fd", "0"]).stdin(OwnedFd::from(theirs)).spawn().unwrap();
+    // Write until the agent takes no more, because it can send no more.
+    socket.set_write_timeout(Some(Duration::from_millis(500))).unwrap();
+    let mut sent = 0;
+    loop {
+        let mut frame = [0; 32];
+        let len = ToGuest::Ping { nonce: sent }.encode(0, &mut frame).unwrap();
+        match socket.write(&frame[..len]) {
+            Ok(written) => assert_eq!(written, len, "a small frame is sent whole or not"),
+            Err(error) => break assert_eq!(error.kind(), std::io::ErrorKind::WouldBlock),
+        }
+        sent += 1;
+    }
+    assert!(sent > 1000, "{sent}");
+    let mut line = Line::new(socket);
+    line.expect(Kind::Hello);
+    for nonce in 0..sent {
+        assert_eq!(line.expect(Kind::Pong).message(), ToHost::Pong { nonce });
+    }
+    assert_eq!(line.run(1, &["true"]).code(), 0);
+    line.hang_up();
+    assert!(process.wait().unwrap().success());
 }
 
 #[test]

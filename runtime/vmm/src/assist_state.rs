@@ -4,14 +4,14 @@
 use crate::assist::{CpuState, Exception};
 use crate::memory::GuestMemory;
 use crate::sys::{atomic, kvm::XsaveArea};
-use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_sregs};
-use kvm_ioctls::VcpuFd;
+use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_sync_regs};
+use kvm_ioctls::{SyncReg, VcpuFd};
 use std::io;
 use vm_memory::GuestAddress;
 
 /// See the module's text.
 pub(crate) struct VcpuState<'a> {
-    fd: &'a VcpuFd,
+    fd: &'a mut VcpuFd,
     regs: kvm_regs,
     sregs: kvm_sregs,
     sregs_before: kvm_sregs,
@@ -24,12 +24,18 @@ fn io_error(e: kvm_ioctls::Error) -> io::Error {
     io::Error::from_raw_os_error(e.errno())
 }
 
+/// Has KVM leave general and special registers in the run page at every exit: a system call for each costs
+/// several microseconds on software KVM, where these exits are frequent.
+pub(crate) fn share_registers(fd: &mut VcpuFd) {
+    fd.set_sync_valid_reg(SyncReg::Register);
+    fd.set_sync_valid_reg(SyncReg::SystemRegister);
+}
+
 impl<'a> VcpuState<'a> {
-    /// Reads the registers of `fd`.
-    pub(crate) fn load(fd: &'a VcpuFd, area: &'a mut XsaveArea) -> io::Result<Self> {
-        let regs = fd.get_regs().map_err(io_error)?;
-        let sregs = fd.get_sregs().map_err(io_error)?;
-        Ok(Self { fd, regs, sregs, sregs_before: sregs, area, area_read: false, exception: None })
+    /// Takes the registers that [`share_registers`] has KVM leave in the run page, without a system call.
+    pub(crate) fn load(fd: &'a mut VcpuFd, area: &'a mut XsaveArea) -> Self {
+        let kvm_sync_regs { regs, sregs, .. } = fd.sync_regs();
+        Self { fd, regs, sregs, sregs_before: sregs, area, area_read: false, exception: None }
     }
 
     /// Writes back what changed. Special registers before events: an injected page fault needs its CR2.
@@ -40,15 +46,19 @@ impl<'a> VcpuState<'a> {
         if self.sregs != self.sregs_before {
             self.fd.set_sregs(&self.sregs).map_err(io_error)?;
         }
+        let Some(exception) = self.exception else {
+            self.fd.sync_regs_mut().regs = self.regs;
+            self.fd.set_sync_dirty_reg(SyncReg::Register);
+            return Ok(());
+        };
+        // Registers before events: setting them clears an exception that KVM itself has pending.
         self.fd.set_regs(&self.regs).map_err(io_error)?;
-        if let Some(exception) = self.exception {
-            let mut events = self.fd.get_vcpu_events().map_err(io_error)?;
-            events.exception.injected = 1;
-            events.exception.nr = exception.vector;
-            events.exception.has_error_code = u8::from(exception.error_code.is_some());
-            events.exception.error_code = exception.error_code.unwrap_or(0);
-            self.fd.set_vcpu_events(&events).map_err(io_error)?;
-        }
+        let mut events = self.fd.get_vcpu_events().map_err(io_error)?;
+        events.exception.injected = 1;
+        events.exception.nr = exception.vector;
+        events.exception.has_error_code = u8::from(exception.error_code.is_some());
+        events.exception.error_code = exception.error_code.unwrap_or(0);
+        self.fd.set_vcpu_events(&events).map_err(io_error)?;
         Ok(())
     }
 }
@@ -72,14 +82,14 @@ impl CpuState for VcpuState<'_> {
 
     fn xsave(&mut self) -> io::Result<&mut [u8]> {
         if !self.area_read {
-            self.area.read(self.fd)?;
+            self.area.read(&*self.fd)?;
             self.area_read = true;
         }
         Ok(self.area.bytes_mut())
     }
 
     fn commit_xsave(&mut self) -> io::Result<()> {
-        self.area.write(self.fd)
+        self.area.write(&*self.fd)
     }
 
     fn xcr0(&mut self) -> io::Result<u64> {

@@ -6,7 +6,7 @@
 use crate::VmmError;
 use crate::arch::boot;
 use crate::assist::{self, HostCpu};
-use crate::assist_state::VcpuState;
+use crate::assist_state::{VcpuState, share_registers};
 use crate::console::Console;
 use crate::doorbell;
 use crate::event_loop::Bus;
@@ -143,6 +143,7 @@ impl Vcpu {
                 return;
             }
         }
+        share_registers(&mut self.fd);
         if self.index == 0 {
             self.shared.note_entry();
         }
@@ -218,10 +219,9 @@ impl Vcpu {
     /// The guest asked for its memory to be copied or filled.
     fn doorbell(&mut self, operation: u32) -> Next {
         let mut counters = doorbell::Counters::default();
-        let done = VcpuState::load(&self.fd, &mut self.xsave).and_then(|mut state| {
-            doorbell::ring(&mut state, &self.host, &self.mem, operation, &mut counters);
-            state.store()
-        });
+        let mut state = VcpuState::load(&mut self.fd, &mut self.xsave);
+        doorbell::ring(&mut state, &self.host, &self.mem, operation, &mut counters);
+        let done = state.store();
         self.shared.count_doorbell(&counters);
         match done {
             Ok(()) => Next::Run,
@@ -244,10 +244,7 @@ impl Vcpu {
             )));
         }
         let host_failure = |e| Next::Stop(StopReason::Host(format!("vCPU state: {e}")));
-        let mut state = match VcpuState::load(&self.fd, &mut self.xsave) {
-            Ok(state) => state,
-            Err(e) => return host_failure(e),
-        };
+        let mut state = VcpuState::load(&mut self.fd, &mut self.xsave);
         let outcome = assist::assist(&mut state, &self.host, &self.mem, &error.instruction());
         match outcome {
             Ok(op) => {

@@ -32,7 +32,7 @@ mod step;
 mod system;
 mod table;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 mod xsave;
 mod xstate;
 

@@ -26,6 +26,9 @@ use vm_memory::{GuestAddress, GuestMemory as _, Permissions};
 
 use crate::devices::GuestMemory;
 
+#[cfg(test)]
+mod tests;
+
 /// The range is not (wholly) in guest memory, or there are more pieces than one call may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("buffer lies outside guest memory or has too many pieces")]

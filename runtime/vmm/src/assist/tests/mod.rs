@@ -21,41 +21,41 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
 use super::{CpuState, Exception, HostCpu, Op, Unassisted, assist};
 
-pub(super) const PRESENT: u64 = 1;
-pub(super) const WRITABLE: u64 = 1 << 1;
-pub(super) const USER: u64 = 1 << 2;
-pub(super) const ACCESSED: u64 = 1 << 5;
-pub(super) const DIRTY: u64 = 1 << 6;
-pub(super) const LARGE: u64 = 1 << 7;
-pub(super) const KERNEL: u64 = PRESENT | WRITABLE;
+pub(crate) const PRESENT: u64 = 1;
+pub(crate) const WRITABLE: u64 = 1 << 1;
+pub(crate) const USER: u64 = 1 << 2;
+pub(crate) const ACCESSED: u64 = 1 << 5;
+pub(crate) const DIRTY: u64 = 1 << 6;
+pub(crate) const LARGE: u64 = 1 << 7;
+pub(crate) const KERNEL: u64 = PRESENT | WRITABLE;
 
-pub(super) const CR0_MP: u64 = 1 << 1;
-pub(super) const CR0_TS: u64 = 1 << 3;
-pub(super) const CR0_WP: u64 = 1 << 16;
-pub(super) const CR4_OSFXSR: u64 = 1 << 9;
-pub(super) const CR4_LA57: u64 = 1 << 12;
-pub(super) const CR4_FSGSBASE: u64 = 1 << 16;
-pub(super) const CR4_OSXSAVE: u64 = 1 << 18;
-pub(super) const CR4_SMAP: u64 = 1 << 21;
-pub(super) const CR4_PKE: u64 = 1 << 22;
-pub(super) const EFER_NXE: u64 = 1 << 11;
-pub(super) const RFLAGS_AC: u64 = 1 << 18;
+pub(crate) const CR0_MP: u64 = 1 << 1;
+pub(crate) const CR0_TS: u64 = 1 << 3;
+pub(crate) const CR0_WP: u64 = 1 << 16;
+pub(crate) const CR4_OSFXSR: u64 = 1 << 9;
+pub(crate) const CR4_LA57: u64 = 1 << 12;
+pub(crate) const CR4_FSGSBASE: u64 = 1 << 16;
+pub(crate) const CR4_OSXSAVE: u64 = 1 << 18;
+pub(crate) const CR4_SMAP: u64 = 1 << 21;
+pub(crate) const CR4_PKE: u64 = 1 << 22;
+pub(crate) const EFER_NXE: u64 = 1 << 11;
+pub(crate) const RFLAGS_AC: u64 = 1 << 18;
 
 /// RAM is 0 to 4 MiB and 6 to 10 MiB.
-pub(super) const RAM: [(u64, usize); 2] = [(0, 4 << 20), (6 << 20, 4 << 20)];
+pub(crate) const RAM: [(u64, usize); 2] = [(0, 4 << 20), (6 << 20, 4 << 20)];
 /// A guest-physical address in the hole.
-pub(super) const HOLE: u64 = 5 << 20;
+pub(crate) const HOLE: u64 = 5 << 20;
 /// Where page tables start.
 const TABLES: u64 = 0x10_0000;
 /// Where code is.
-pub(super) const RIP: u64 = 0xffff_ffff_8100_0000;
+pub(crate) const RIP: u64 = 0xffff_ffff_8100_0000;
 /// Eight writable kernel pages, and the RAM behind them.
-pub(super) const DATA: u64 = 0xffff_8880_0000_0000;
-pub(super) const DATA_GPA: u64 = 0x20_0000;
-pub(super) const DATA_PAGES: u64 = 8;
+pub(crate) const DATA: u64 = 0xffff_8880_0000_0000;
+pub(crate) const DATA_GPA: u64 = 0x20_0000;
+pub(crate) const DATA_PAGES: u64 = 8;
 
 /// Settings of the property tests: no files of failed seeds beside the sources.
-pub(super) fn cases(cases: u32) -> ProptestConfig {
+pub(crate) fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
@@ -66,16 +66,16 @@ fn host() -> HostCpu {
 }
 
 /// A vCPU of plain data.
-pub(super) struct FakeCpu {
-    pub(super) regs: kvm_regs,
-    pub(super) sregs: kvm_sregs,
-    pub(super) image: Vec<u8>,
-    pub(super) commits: usize,
-    pub(super) xcr0: u64,
+pub(crate) struct FakeCpu {
+    pub(crate) regs: kvm_regs,
+    pub(crate) sregs: kvm_sregs,
+    pub(crate) image: Vec<u8>,
+    pub(crate) commits: usize,
+    pub(crate) xcr0: u64,
     /// What every MSR holds, unless one of its own is here.
-    pub(super) msr: u64,
-    pub(super) tsc: u64,
-    pub(super) injected: Vec<Exception>,
+    pub(crate) msr: u64,
+    pub(crate) tsc: u64,
+    pub(crate) injected: Vec<Exception>,
 }
 
 impl CpuState for FakeCpu {
@@ -139,20 +139,20 @@ impl CpuState for FakeCpu {
 }
 
 /// A fake vCPU with RAM and page tables.
-pub(super) struct Machine {
-    pub(super) cpu: FakeCpu,
-    pub(super) mem: GuestMemoryMmap<()>,
-    pub(super) host: HostCpu,
+pub(crate) struct Machine {
+    pub(crate) cpu: FakeCpu,
+    pub(crate) mem: GuestMemoryMmap<()>,
+    pub(crate) host: HostCpu,
     next_table: u64,
 }
 
 impl Machine {
     /// Ring 0 of a 64-bit kernel, with [`DATA`] mapped.
-    pub(super) fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::with_ram(&RAM)
     }
 
-    pub(super) fn with_ram(ram: &[(u64, usize)]) -> Self {
+    pub(crate) fn with_ram(ram: &[(u64, usize)]) -> Self {
         let ranges: Vec<_> = ram.iter().map(|(at, len)| (GuestAddress(*at), *len)).collect();
         let mut sregs = kvm_sregs {
             cr0: 0x8005_0033 & !CR0_TS,
@@ -186,19 +186,19 @@ impl Machine {
     }
 
     /// Maps one 4 KiB page.
-    pub(super) fn map(&mut self, linear: u64, gpa: u64, flags: u64) {
+    pub(crate) fn map(&mut self, linear: u64, gpa: u64, flags: u64) {
         self.map_at(linear, gpa, flags, 1);
     }
 
     /// Maps one page at a level: 1 is 4 KiB, 2 is 2 MiB, 3 is 1 GiB.
-    pub(super) fn map_at(&mut self, linear: u64, gpa: u64, flags: u64, level: u32) {
+    pub(crate) fn map_at(&mut self, linear: u64, gpa: u64, flags: u64, level: u32) {
         let large = if level > 1 { LARGE } else { 0 };
         let at = self.entry(linear, level);
         self.write_u64(at, gpa | flags | large);
     }
 
     /// Guest-physical address of the entry that maps `linear` at a level, making tables on the way.
-    pub(super) fn entry(&mut self, linear: u64, level: u32) -> u64 {
+    pub(crate) fn entry(&mut self, linear: u64, level: u32) -> u64 {
         let top = if self.cpu.sregs.cr4 & CR4_LA57 == 0 { 4 } else { 5 };
         let mut table = self.cpu.sregs.cr3;
         for current in (1..=top).rev() {
@@ -217,31 +217,31 @@ impl Machine {
         unreachable!("level {level}")
     }
 
-    pub(super) fn read_u64(&self, gpa: u64) -> u64 {
+    pub(crate) fn read_u64(&self, gpa: u64) -> u64 {
         self.mem.read_obj(GuestAddress(gpa)).unwrap()
     }
 
-    pub(super) fn write_u64(&self, gpa: u64, value: u64) {
+    pub(crate) fn write_u64(&self, gpa: u64, value: u64) {
         self.mem.write_obj(value, GuestAddress(gpa)).unwrap();
     }
 
-    pub(super) fn bytes(&self, gpa: u64, len: usize) -> Vec<u8> {
+    pub(crate) fn bytes(&self, gpa: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
         self.mem.read_slice(&mut bytes, GuestAddress(gpa)).unwrap();
         bytes
     }
 
-    pub(super) fn write(&self, gpa: u64, bytes: &[u8]) {
+    pub(crate) fn write(&self, gpa: u64, bytes: &[u8]) {
         self.mem.write_slice(bytes, GuestAddress(gpa)).unwrap();
     }
 
     /// Does one instruction, whatever comes of it.
-    pub(super) fn run(&mut self, bytes: &[u8]) -> Result<Op, Unassisted> {
+    pub(crate) fn run(&mut self, bytes: &[u8]) -> Result<Op, Unassisted> {
         assist(&mut self.cpu, &self.host, &self.mem, bytes)
     }
 
     /// Does one instruction that must complete.
-    pub(super) fn done(&mut self, bytes: &[u8]) -> Op {
+    pub(crate) fn done(&mut self, bytes: &[u8]) -> Op {
         let rip = self.cpu.regs.rip;
         let op = self.run(bytes).unwrap();
         assert_eq!(self.cpu.injected, [], "no exception");
@@ -250,7 +250,7 @@ impl Machine {
     }
 
     /// Does one instruction that must fault, and leave RIP and the extended state as they were.
-    pub(super) fn fault(&mut self, bytes: &[u8]) -> Exception {
+    pub(crate) fn fault(&mut self, bytes: &[u8]) -> Exception {
         let (rip, commits) = (self.cpu.regs.rip, self.cpu.commits);
         self.run(bytes).unwrap();
         assert_eq!(self.cpu.regs.rip, rip, "RIP stays at a fault");
@@ -261,7 +261,7 @@ impl Machine {
 }
 
 /// A processor as Intel makes them: a hole where MPX was, PKRU, and AMX aligned when compacted.
-pub(super) fn intel() -> HostCpu {
+pub(crate) fn intel() -> HostCpu {
     HostCpu::from_cpuid(|leaf, subleaf| match (leaf, subleaf) {
         (0xd, 0) => [0x602e7, 0, 0, 0],
         (0xd, 2) => [256, 576, 0, 0],
@@ -277,14 +277,14 @@ pub(super) fn intel() -> HostCpu {
     })
 }
 
-pub(super) fn general_protection() -> Exception {
+pub(crate) fn general_protection() -> Exception {
     Exception { vector: 13, error_code: Some(0), cr2: None }
 }
 
-pub(super) fn page_fault(error_code: u32, cr2: u64) -> Exception {
+pub(crate) fn page_fault(error_code: u32, cr2: u64) -> Exception {
     Exception { vector: 14, error_code: Some(error_code), cr2: Some(cr2) }
 }
 
-pub(super) fn plain(vector: u8) -> Exception {
+pub(crate) fn plain(vector: u8) -> Exception {
     Exception { vector, error_code: None, cr2: None }
 }

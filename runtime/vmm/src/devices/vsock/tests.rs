@@ -13,8 +13,9 @@ use super::{
 };
 use vm_memory::Bytes as _;
 
-use crate::devices::mmio::{F_EVENT_IDX, F_VERSION_1, register};
+use crate::devices::mmio::{Done, F_EVENT_IDX, F_VERSION_1, register};
 use crate::devices::testing::{BUFFERS, MEM_BYTES, Rig, readable, writable};
+use crate::event_loop::ring::Op;
 
 const PORT: u32 = 1024;
 const GUEST_PORT: u32 = 77;
@@ -258,6 +259,27 @@ fn without_rx_buffers_bytes_stay_in_the_socket_and_one_notification_brings_them(
     guest.rig.notify(RX);
     got.extend(guest.packets().into_iter().flat_map(|(_, payload)| payload));
     assert_eq!(got, payload[..written]);
+}
+
+#[test]
+fn events_without_bytes_use_up_no_rx_buffer() {
+    let mut guest = Guest::new();
+    let listener = guest.listen();
+    guest.send(PORT, op::REQUEST);
+    guest.packets();
+    let token = match guest.rig.operations()[..] {
+        [Op::Poll { token, .. }] => token,
+        ref other => panic!("{other:?}"),
+    };
+    for _ in 0..100 {
+        guest.rig.mmio.complete(Done { token, result: 1, more: true, buffers: None });
+    }
+    assert_eq!(guest.ops(), NONE);
+    guest.post_more = false;
+    let mut stream = listener.try_recv().unwrap();
+    stream.write_all(&[1; 100_000]).unwrap();
+    guest.rig.mmio.complete(Done { token, result: 1, more: true, buffers: None });
+    assert_eq!(guest.ops().len(), usize::from(RX_SIZE));
 }
 
 #[test]
