@@ -90,11 +90,15 @@ fn pipelines_background_processes_and_files_work() {
     }
     assert_eq!(said("seq 1 1000 | grep 7 | sort -rn | head -n 1"), "997");
     assert_eq!(said("(sleep 0.1; echo late) & echo early; wait"), "early\nlate");
-    let script = "cd /tmp && mkdir -p d && echo one > d/f && echo two >> d/f && mv d/f d/g && cat d/g && rm -r d";
+    let script =
+        "cd /tmp && mkdir -p d && echo one > d/f && echo two >> d/f && mv d/f d/g && cat d/g && rm -r d";
     assert_eq!(said(script), "one\ntwo");
     assert_eq!(said("echo x > /usr/written && cat /usr/written"), "x", "the root is writable");
     assert_eq!(said("mount | grep -c ' /dev/pts '"), "1");
-    assert_eq!(said("ls -d /dev/shm /dev/null /dev/fd /proc/self /sys/kernel"), "/dev/fd\n/dev/null\n/dev/shm\n/proc/self\n/sys/kernel");
+    assert_eq!(
+        said("ls -d /dev/shm /dev/null /dev/fd /proc/self /sys/kernel"),
+        "/dev/fd\n/dev/null\n/dev/shm\n/proc/self\n/sys/kernel"
+    );
 }
 
 #[test]
@@ -133,7 +137,8 @@ fn registers() -> &'static PathBuf {
     PROGRAM.get_or_init(|| {
         let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("registers");
         let source = concat!(env!("CARGO_MANIFEST_DIR"), "/guest/registers.rs");
-        let flags = ["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-Cpanic=abort"];
+        let flags =
+            ["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-Cpanic=abort"];
         let status =
             HostCommand::new("rustc").args(flags).arg("-o").arg(&program).arg(source).status().unwrap();
         assert!(status.success());

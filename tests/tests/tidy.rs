@@ -88,7 +88,7 @@ fn files_fit_a_reader() {
 fn every_kernel_patch_says_its_reason_its_cost_and_its_off_switch() {
     for entry in std::fs::read_dir(root().join("kernels/patches")).unwrap().map(Result::unwrap) {
         let text = std::fs::read_to_string(entry.path()).unwrap().to_lowercase();
-        for word in ["reason", "cost", "off switch"] {
+        for word in ["reason:", "cost:", "switch:"] {
             assert!(text.contains(word), "{:?} does not say its {word}", entry.file_name());
         }
     }

@@ -44,7 +44,7 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 #[must_use]
 pub fn ram_ranges(bytes: u64) -> Vec<Range<u64>> {
     if bytes <= DEVICE_HOLE {
-        vec![0..bytes]
+        Vec::from([0..bytes])
     } else {
         vec![0..DEVICE_HOLE, ABOVE_4G..ABOVE_4G + (bytes - DEVICE_HOLE)]
     }
