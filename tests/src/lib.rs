@@ -32,14 +32,16 @@ pub fn kvm_or_skip(test: &str) -> bool {
     }
 }
 
-/// The kernel, agent disk and default image, built once for all tests.
+/// The kernel, agent disk and default image, built once for all tests. `PEREGRINE_TEST_KERNEL` names another
+/// `vmlinux` to test, such as one with a patch under work.
 ///
 /// # Panics
 /// If they cannot be built.
 pub fn artefacts() -> &'static Artefacts {
     static ARTEFACTS: OnceLock<Artefacts> = OnceLock::new();
     ARTEFACTS.get_or_init(|| {
-        Artefacts::prepare(&Wanted::default(), &mut Lines::new(std::io::stderr()))
+        let kernel = std::env::var_os("PEREGRINE_TEST_KERNEL").map(PathBuf::from);
+        Artefacts::prepare(&Wanted { kernel, ..Wanted::default() }, &mut Lines::new(std::io::stderr()))
             .unwrap_or_else(|e| panic!("artefacts: {e}"))
     })
 }

@@ -159,7 +159,7 @@ fn vector_registers_survive_two_thousand_context_switches() {
         return;
     }
     install_registers();
-    let text = said("/tmp/registers switch 1100");
+    let text = said("/tmp/registers switch 2000");
     let numbers: Vec<u64> = text.split_whitespace().map(|n| n.parse().unwrap()).collect();
     assert!(numbers[0] >= 2000, "{} context switches are too few", numbers[0]);
     assert_eq!(numbers[1], 0, "registers changed across a context switch");
