@@ -8,7 +8,8 @@ use peregrine_vmm::{DiskConfig, MicroVm, VmConfig};
 use std::error::Error;
 use std::time::Duration;
 
-const TIMEOUT: Duration = Duration::from_secs(300);
+/// Longer than any boot.
+pub const TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The stages of one boot, each since the VM's build began.
 #[derive(Debug, Clone, Copy)]
@@ -25,13 +26,11 @@ pub struct Boot {
     pub emulated: Option<u64>,
 }
 
-/// Boots the default image once with one vCPU and runs `/bin/true` in it.
-///
-/// # Errors
-/// Whatever kept the guest from coming up.
-pub fn once(artefacts: &Artefacts, mem_mib: u64) -> Result<Boot, Box<dyn Error>> {
+/// The default image with one vCPU.
+#[must_use]
+pub fn config(artefacts: &Artefacts, mem_mib: u64) -> VmConfig {
     let disk = |path: &std::path::PathBuf| DiskConfig { path: path.clone(), read_only: true };
-    let config = VmConfig {
+    VmConfig {
         kernel: artefacts.kernel.clone(),
         vcpus: 1,
         mem_mib,
@@ -39,7 +38,15 @@ pub fn once(artefacts: &Artefacts, mem_mib: u64) -> Result<Boot, Box<dyn Error>>
         kernel_parameters: String::new(),
         verbose: false,
         profile: None,
-    };
+    }
+}
+
+/// Boots the default image once with one vCPU and runs `/bin/true` in it.
+///
+/// # Errors
+/// Whatever kept the guest from coming up.
+pub fn once(artefacts: &Artefacts, mem_mib: u64) -> Result<Boot, Box<dyn Error>> {
+    let config = config(artefacts, mem_mib);
     let vm = MicroVm::boot(config.check()?)?;
     let stages = vm.stages();
     let (mut agent, boot) = vm.connect_agent(TIMEOUT)?;
@@ -64,22 +71,22 @@ pub fn once(artefacts: &Artefacts, mem_mib: u64) -> Result<Boot, Box<dyn Error>>
 /// # Errors
 /// What could not be built.
 pub fn artefacts() -> Result<Artefacts, peregrine_image::Error> {
-    Artefacts::prepare(&Wanted::default(), &mut Lines::new(std::io::stderr()))
+    let kernel = std::env::var_os("PEREGRINE_TEST_KERNEL").map(std::path::PathBuf::from);
+    Artefacts::prepare(&Wanted { kernel, ..Wanted::default() }, &mut Lines::new(std::io::stderr()))
 }
 
-const fn stage(name: &'static str, definition: &'static str, goal_p50: Option<f64>) -> Promise {
-    Promise { name, definition, goal_p50, goal_p999: None }
+fn stage(name: &str, definition: &str, goal_p50: Option<f64>) -> Promise {
+    Promise { name: name.to_owned(), definition: definition.to_owned(), goal_p50, goal_p999: None }
 }
 
 /// Boots `samples` times with each memory size and gives the rows' recorders.
 ///
 /// # Errors
 /// The first boot that failed.
-pub fn suite(samples: u32, mem_mib: &[u64]) -> Result<Vec<Recorder>, Box<dyn Error>> {
-    let artefacts = artefacts()?;
+pub fn suite(artefacts: &Artefacts, samples: u32, mem_mib: &[u64]) -> Result<Vec<Recorder>, Box<dyn Error>> {
     let mut all = Vec::new();
     for &mib in mem_mib {
-        let goal = (mib <= 256).then_some(6000.0);
+        let goal = if mib <= 256 { Some(4000.0) } else { Some(6000.0) };
         let promises = [
             stage("boot: VM start", "VM build begins -> VM, devices and kernel in place", None),
             stage("boot: kernel entry", "VM build begins -> first KVM_RUN of the boot processor", None),
@@ -95,7 +102,7 @@ pub fn suite(samples: u32, mem_mib: &[u64]) -> Result<Vec<Recorder>, Box<dyn Err
         let mut instructions = Recorder::new(counted, format!("{mib} MiB"), Unit::Thousands);
         for n in 0..samples {
             eprintln!("boot {mib} MiB: {} of {samples}", n + 1);
-            let boot = once(&artefacts, mib)?;
+            let boot = once(artefacts, mib)?;
             let times = [boot.built, boot.kernel_entry, boot.pid1, boot.first_exit];
             rows.iter_mut().zip(times).for_each(|(row, time)| row.duration(time));
             if let Some(count) = boot.emulated {

@@ -2,5 +2,6 @@
 //! which both criterion and the report read. May use everything of ours; nothing of ours uses it.
 
 pub mod boot;
+pub mod guest;
 pub mod machine;
 pub mod record;

@@ -6,12 +6,12 @@ use serde::{Deserialize, Serialize};
 use std::time::Duration;
 
 /// What is promised, and to whom it is compared: a row's definition.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Promise {
     /// Its name in the table of promises.
-    pub name: &'static str,
+    pub name: String,
     /// From which moment to which, in words.
-    pub definition: &'static str,
+    pub definition: String,
     /// Goal for the median, in the row's unit; none where there is only a report.
     pub goal_p50: Option<f64>,
     /// Goal for the 99.9th percentile.
@@ -21,13 +21,21 @@ pub struct Promise {
 /// Unit of a row's figures.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unit {
-    /// Milliseconds, kept as microseconds.
+    /// Milliseconds, kept as nanoseconds.
     Milliseconds,
     /// A count, such as emulated guest instructions, in thousands.
     Thousands,
 }
 
 impl Unit {
+    /// Recorded numbers in one unit.
+    fn scale(self) -> f64 {
+        match self {
+            Self::Milliseconds => 1e6,
+            Self::Thousands => 1e3,
+        }
+    }
+
     fn name(self) -> &'static str {
         match self {
             Self::Milliseconds => "ms",
@@ -42,11 +50,11 @@ pub struct Recorder {
     promise: Promise,
     variant: String,
     unit: Unit,
-    // Three significant digits from 1 to an hour of microseconds.
+    // Three significant digits: durations in nanoseconds up to an hour, counts as they are.
     samples: Histogram<u64>,
 }
 
-const LARGEST: u64 = 3_600_000_000;
+const LARGEST: u64 = 3_600_000_000_000;
 
 impl Recorder {
     /// An empty recorder.
@@ -61,7 +69,7 @@ impl Recorder {
 
     /// Adds a duration.
     pub fn duration(&mut self, sample: Duration) {
-        self.samples.saturating_record(u64::try_from(sample.as_micros()).unwrap_or(LARGEST));
+        self.samples.saturating_record(u64::try_from(sample.as_nanos()).unwrap_or(LARGEST));
     }
 
     /// Adds a count.
@@ -70,15 +78,15 @@ impl Recorder {
     }
 
     fn at(&self, quantile: f64) -> f64 {
-        self.samples.value_at_quantile(quantile) as f64 / 1000.0
+        self.samples.value_at_quantile(quantile) as f64 / self.unit.scale()
     }
 
     /// The row of the report.
     #[must_use]
     pub fn row(&self, machine: &Machine) -> Row {
         Row {
-            promise: self.promise.name.to_owned(),
-            definition: self.promise.definition.to_owned(),
+            promise: self.promise.name.clone(),
+            definition: self.promise.definition.clone(),
             variant: self.variant.clone(),
             unit: self.unit.name().to_owned(),
             n: self.samples.len(),
@@ -166,7 +174,7 @@ mod tests {
 
     #[test]
     fn a_row_gives_percentiles_in_its_unit() {
-        let mut recorder = Recorder::new(PROMISE, "256 MiB", Unit::Milliseconds);
+        let mut recorder = Recorder::new(promise(), "256 MiB", Unit::Milliseconds);
         for ms in 1..=1000 {
             recorder.duration(Duration::from_millis(ms));
         }
@@ -179,7 +187,7 @@ mod tests {
     #[test]
     fn the_report_names_every_definition_once_and_the_run_before() {
         let machine = Machine::of_this_host();
-        let mut recorder = Recorder::new(PROMISE, "256 MiB", Unit::Milliseconds);
+        let mut recorder = Recorder::new(promise(), "256 MiB", Unit::Milliseconds);
         recorder.duration(Duration::from_millis(5));
         let row = recorder.row(&machine);
         let text = markdown(&[row.clone(), row.clone()], &[Row { p50: 7.0, ..row }], &machine);

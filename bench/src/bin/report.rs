@@ -18,8 +18,10 @@ struct Args {
 fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
     let machine = Machine::of_this_host();
-    let (samples, sizes): (u32, &[u64]) = if args.quick { (5, &[256]) } else { (20, &[128, 256, 1024]) };
-    let recorders = bench::boot::suite(samples, sizes)?;
+    let (samples, sizes): (u32, &[u64]) = if args.quick { (5, &[256]) } else { (10, &[128, 256, 1024]) };
+    let artefacts = bench::boot::artefacts()?;
+    let mut recorders = bench::boot::suite(&artefacts, samples, sizes)?;
+    recorders.extend(bench::guest::suite(&artefacts, args.quick)?);
     let rows: Vec<Row> = recorders.iter().map(|r| r.row(&machine)).collect();
 
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("runs");

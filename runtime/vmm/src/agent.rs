@@ -312,14 +312,21 @@ impl Agent {
         let writer = self.writer();
         let mut feed = Feed::new(stream, stdin, with_stdin.stdin);
         feed.send(&writer)?;
+        let mut grants = Grants::new(stream);
         let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
         let exit = self.pump(|from, message| {
             if from != stream {
                 return Ok(ControlFlow::Continue(()));
             }
             match message {
-                ToHost::Stdout(bytes) => keep(&writer, stream, bytes, &mut stdout)?,
-                ToHost::Stderr(bytes) => keep(&writer, stream, bytes, &mut stderr)?,
+                ToHost::Stdout(bytes) => {
+                    stdout.extend_from_slice(bytes);
+                    grants.taken(bytes.len(), &writer)?;
+                }
+                ToHost::Stderr(bytes) => {
+                    stderr.extend_from_slice(bytes);
+                    grants.taken(bytes.len(), &writer)?;
+                }
                 ToHost::StdinWindow { bytes } => {
                     feed.credit += bytes as usize;
                     feed.send(&writer)?;
@@ -346,9 +353,36 @@ pub fn failed_text(failed: &ExecFailed<'_>) -> String {
     format!("{text}: {reason}{stage}")
 }
 
-fn keep(writer: &AgentWriter, stream: u32, bytes: &[u8], into: &mut Vec<u8>) -> Result<(), AgentError> {
-    into.extend_from_slice(bytes);
-    writer.send(stream, &ToGuest::Window { bytes: bytes.len() as u32 })
+/// Credit owed to a command for output that was taken. It is granted in portions: each grant is a packet that
+/// wakes the guest.
+#[derive(Debug)]
+pub struct Grants {
+    stream: u32,
+    owed: u32,
+}
+
+impl Grants {
+    /// A quarter of the window: the guest never waits for credit while the host keeps up.
+    const PORTION: u32 = INITIAL_WINDOW_BYTES / 4;
+
+    /// No credit owed yet to `stream`.
+    #[must_use]
+    pub fn new(stream: u32) -> Self {
+        Self { stream, owed: 0 }
+    }
+
+    /// Says that `bytes` of output were taken, and grants credit if a portion of it is owed.
+    ///
+    /// # Errors
+    /// As [`AgentWriter::send`].
+    pub fn taken(&mut self, bytes: usize, writer: &AgentWriter) -> Result<(), AgentError> {
+        self.owed += bytes as u32;
+        if self.owed < Self::PORTION {
+            return Ok(());
+        }
+        let bytes = std::mem::take(&mut self.owed);
+        writer.send(self.stream, &ToGuest::Window { bytes })
+    }
 }
 
 fn unexpected(message: &ToHost<'_>) -> AgentError {

@@ -103,6 +103,7 @@ fn converse(
     forward_signals(vm, &writer, stream, raw.is_some())?;
     forward_stdin(vm, &writer, stream, &credit, raw.is_some())?;
     let mut out = Streams::default();
+    let mut grants = Grants::new(stream);
     let ended = agent.pump(|from, message| {
         if from != stream {
             return Ok(ControlFlow::Continue(()));
@@ -113,12 +114,12 @@ fn converse(
             ToHost::Stdout(bytes) => {
                 timing.first_byte_us = timing.first_byte_us.or_else(now);
                 out.stdout(bytes);
-                writer.send(stream, &ToGuest::Window { bytes: bytes.len() as u32 })?;
+                grants.taken(bytes.len(), &writer)?;
             }
             ToHost::Stderr(bytes) => {
                 timing.first_byte_us = timing.first_byte_us.or_else(now);
                 out.stderr(bytes);
-                writer.send(stream, &ToGuest::Window { bytes: bytes.len() as u32 })?;
+                grants.taken(bytes.len(), &writer)?;
             }
             ToHost::StdinWindow { bytes } => credit.add(bytes as usize),
             ToHost::Exited(exited) => {

@@ -33,6 +33,8 @@ pub(crate) struct Timing {
     pub(crate) exits: Option<u64>,
     /// Instructions that the assist did, by name.
     pub(crate) assists: Vec<(String, u64)>,
+    /// Work of the devices and of the bulk-memory doorbell, by name.
+    pub(crate) devices: Vec<(&'static str, u64)>,
 }
 
 impl Timing {
@@ -51,6 +53,7 @@ impl Timing {
             emulated_total: None,
             exits: None,
             assists: Vec::new(),
+            devices: Vec::new(),
         }
     }
 
@@ -94,6 +97,9 @@ impl Timing {
             if let Some(n) = n {
                 out += &format!("{name:<24} {n:>12}\n");
             }
+        }
+        for (name, n) in &self.devices {
+            out += &format!("{name:<24} {n:>12}\n");
         }
         for (op, n) in &self.assists {
             out += &format!("assist {op:<17} {n:>12}\n");

@@ -19,6 +19,8 @@ const ALWAYS: &[&str] = &[
     "lapic_timer_hz=1000000000",
     // The default grows with memory, and is filled from the random generator entry by entry.
     "thash_entries=1024",
+    // No device has an address limit, so no bounce buffers above 4 GiB of memory.
+    "swiotlb=noforce",
     // The VMM hands over fresh anonymous memory: zero already.
     "zeroed_ram",
 ];

@@ -43,11 +43,9 @@ pub const KVM_TSS: usize = 0xfffb_d000;
 /// larger guests, one above 4 GiB.
 #[must_use]
 pub fn ram_ranges(bytes: u64) -> Vec<Range<u64>> {
-    if bytes <= DEVICE_HOLE {
-        Vec::from([0..bytes])
-    } else {
-        vec![0..DEVICE_HOLE, ABOVE_4G..ABOVE_4G + (bytes - DEVICE_HOLE)]
-    }
+    let low = 0..bytes.min(DEVICE_HOLE);
+    let high = ABOVE_4G..ABOVE_4G + bytes.saturating_sub(DEVICE_HOLE);
+    [low, high].into_iter().filter(|range| !range.is_empty()).collect()
 }
 
 // The boot structures below 640 KiB must not overlap.

@@ -1,0 +1,130 @@
+//! The `guest` suite: what guest-kernel work costs inside a microVM, and how many instructions KVM emulated for it.
+//! The program is `bench/guest/guestbench.rs`; the levers can be switched off, to measure before beside after.
+
+use crate::boot::{TIMEOUT, config};
+use crate::record::{Promise, Recorder, Unit};
+use peregrine::artefacts::Artefacts;
+use peregrine_vmm::agent::{Agent, Command};
+use peregrine_vmm::{MicroVm, VmConfig};
+use std::error::Error;
+use std::path::{Path, PathBuf};
+use std::process;
+use std::time::Duration;
+
+/// One thing that guestbench measures.
+struct Item {
+    name: &'static str,
+    definition: &'static str,
+    /// Samples in one run.
+    n: u32,
+    goal_p50_ms: Option<f64>,
+}
+
+const fn item(name: &'static str, definition: &'static str, n: u32, goal: Option<f64>) -> Item {
+    Item { name, definition, n, goal_p50_ms: goal }
+}
+
+const ITEMS: &[Item] = &[
+    item("null-call", "one getppid(2)", 200, Some(0.120)),
+    item("fault-1mib", "first write to a 4 KiB page of fresh anonymous memory, 1 MiB in all", 20, Some(0.3)),
+    item("fault-64mib", "the same, 64 MiB in all", 3, Some(0.02)),
+    item("huge-64mib", "the same, 64 MiB in all, MADV_HUGEPAGE", 3, None),
+    item("fork", "fork, exit of the child, wait; small process", 10, Some(250.0)),
+    item("vfork", "vfork, exit of the child, wait", 10, None),
+    item("spawn-static", "posix_spawn of a static program that exits, wait", 10, Some(120.0)),
+    item("spawn-dynamic", "posix_spawn of /usr/bin/true, wait", 5, None),
+    item("pipe-1mib", "1 MiB into a pipe and out again, 64 KiB at a time", 10, Some(30.0)),
+    item("switch", "one byte to a child and back over pipes: two switches, four calls", 50, None),
+    item("read-cold", "reading /usr/bin/python3 from the root image, first time", 1, None),
+    item("read-warm", "reading /usr/bin/bash from the page cache", 5, None),
+    item("python-pass", "posix_spawn of python3 -c pass, wait", 3, Some(1500.0)),
+    item("python-50mb", "posix_spawn of python3 that fills a bytes object of 50 MB, wait", 2, Some(1500.0)),
+];
+
+/// Kernel parameters that switch the levers of software KVM off. The later word wins.
+pub const LEVERS_OFF: &str = "bulk_memory=0 peregrine.thp=0 peregrine.batch=0 tick_stretch=1";
+
+/// Builds guestbench with rustc, once, beside the other build products.
+///
+/// # Errors
+/// If rustc is missing or refuses.
+pub fn program() -> Result<PathBuf, Box<dyn Error>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let out = root.join("../target/guestbench");
+    let flags = ["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-Cpanic=abort"];
+    let source = root.join("guest/guestbench.rs");
+    let status = process::Command::new("rustc").args(flags).arg("-o").arg(&out).arg(source).status()?;
+    if status.success() { Ok(out) } else { Err(format!("rustc: {status}").into()) }
+}
+
+struct Bench {
+    vm: MicroVm,
+    agent: Agent,
+}
+
+impl Bench {
+    fn boot(config: &VmConfig) -> Result<Self, Box<dyn Error>> {
+        let vm = MicroVm::boot(config.check()?)?;
+        let (agent, _) = vm.connect_agent(TIMEOUT)?;
+        let mut bench = Self { vm, agent };
+        let bytes = std::fs::read(program()?)?;
+        let install = Command::new(&["/bin/sh", "-c", "cat > /tmp/guestbench && chmod +x /tmp/guestbench"]);
+        bench.agent.output(&install, &bytes)?;
+        Ok(bench)
+    }
+
+    /// Runs one item; the samples in nanoseconds and the instructions emulated for all of it.
+    fn run(&mut self, name: &str, n: u32) -> Result<(Vec<u64>, u64), Box<dyn Error>> {
+        let before = self.vm.emulated_instructions().unwrap_or(0);
+        let command = Command::new(&["/tmp/guestbench", name, &n.to_string()]);
+        let output = self.agent.output(&command, b"")?;
+        if output.code() != 0 {
+            let text = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("guestbench {name} exited with {}: {text}", output.code()).into());
+        }
+        let samples = String::from_utf8(output.stdout)?.lines().map(str::parse).collect::<Result<_, _>>()?;
+        Ok((samples, self.vm.emulated_instructions().unwrap_or(0) - before))
+    }
+}
+
+/// Runs every item with the levers on and off; `quick` runs them on only.
+///
+/// # Errors
+/// The first item that failed.
+pub fn suite(artefacts: &Artefacts, quick: bool) -> Result<Vec<Recorder>, Box<dyn Error>> {
+    let variants: &[(&str, &str)] =
+        if quick { &[("levers on", "")] } else { &[("levers on", ""), ("levers off", LEVERS_OFF)] };
+    let mut rows = Vec::new();
+    for (variant, parameters) in variants {
+        let config = VmConfig { kernel_parameters: (*parameters).to_owned(), ..config(artefacts, 512) };
+        let mut bench = Bench::boot(&config)?;
+        let (_, overhead) = bench.run("nothing", 1)?;
+        for item in ITEMS {
+            eprintln!("guestbench {} ({variant})", item.name);
+            let (samples, emulated) = bench.run(item.name, item.n)?;
+            rows.extend(record(item, variant, &samples, emulated.saturating_sub(overhead)));
+        }
+    }
+    Ok(rows)
+}
+
+fn record(item: &Item, variant: &str, samples: &[u64], emulated: u64) -> [Recorder; 2] {
+    let name = format!("guest: {}", item.name);
+    let promise = Promise {
+        name: name.clone(),
+        definition: item.definition.to_owned(),
+        goal_p50: item.goal_p50_ms,
+        goal_p999: None,
+    };
+    let mut time = Recorder::new(promise, variant, Unit::Milliseconds);
+    samples.iter().for_each(|ns| time.duration(Duration::from_nanos(*ns)));
+    let counted = Promise {
+        name: format!("{name}, emulated"),
+        definition: format!("guest instructions that KVM emulated for one sample of {}", item.name),
+        goal_p50: None,
+        goal_p999: None,
+    };
+    let mut instructions = Recorder::new(counted, variant, Unit::Thousands);
+    instructions.count(emulated / (samples.len().max(1) as u64));
+    [time, instructions]
+}
