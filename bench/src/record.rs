@@ -169,8 +169,14 @@ pub fn markdown(rows: &[Row], before: &[Row], machine: &Machine) -> String {
 mod tests {
     use super::*;
 
-    const PROMISE: Promise =
-        Promise { name: "boot to PID 1", definition: "a to b", goal_p50: Some(6000.0), goal_p999: None };
+    fn promise() -> Promise {
+        Promise {
+            name: "boot to PID 1".to_owned(),
+            definition: "a to b".to_owned(),
+            goal_p50: Some(6000.0),
+            goal_p999: None,
+        }
+    }
 
     #[test]
     fn a_row_gives_percentiles_in_its_unit() {

@@ -33,7 +33,7 @@ struct Args {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    Run(run::RunArgs),
+    Run(Box<run::RunArgs>),
     Doctor(doctor::DoctorArgs),
 }
 
@@ -41,7 +41,7 @@ enum Verb {
 pub(crate) fn main() -> ExitCode {
     let args = Args::parse();
     let result = match args.verb {
-        Verb::Run(run) => run::run(run, args.cache),
+        Verb::Run(run) => run::run(&run, args.cache),
         Verb::Doctor(doctor) => doctor::doctor(&doctor, args.cache),
     };
     match result {

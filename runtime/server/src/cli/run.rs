@@ -76,29 +76,29 @@ pub(crate) struct RunArgs {
 }
 
 /// Does the verb; the value is the exit code.
-pub(crate) fn run(args: RunArgs, cache: Option<PathBuf>) -> Result<u8, CliError> {
+pub(crate) fn run(args: &RunArgs, cache: Option<PathBuf>) -> Result<u8, CliError> {
     let begun = Instant::now();
-    let command = command(&args)?;
+    let command = command(args)?;
     // What needs no artefacts is checked before any is built.
     peregrine_vmm::vm::check_size(args.vcpus, args.mem_mib)?;
     peregrine_vmm::vm::open_kvm()?;
     let wanted = Wanted { cache, kernel: args.kernel.clone(), image: args.image.clone() };
     let artefacts = Artefacts::prepare(&wanted, progress::for_stderr().as_mut())?;
-    let checked = config(&args, &artefacts).check()?;
+    let checked = config(args, &artefacts).check()?;
     let mut timing = Timing::new(begun.elapsed());
 
     let vm = Arc::new(MicroVm::boot(checked)?);
     let result = session::run(&vm, &command, BOOT_TIMEOUT, &mut timing);
     timing.finish(&vm);
     vm.stop();
-    report(&args, &artefacts, &vm, &timing, &result)?;
+    report(args, &artefacts, &vm, &timing, &result)?;
     result.map(Ended::exit_code)
 }
 
 fn command(args: &RunArgs) -> Result<Command, CliError> {
     let bytes = |s: &OsString| s.as_bytes().to_vec();
     let argv: Vec<Vec<u8>> = args.command.iter().map(bytes).collect();
-    let env = args.env.iter().map(|given| check_env(given)).collect::<Result<_, _>>()?;
+    let env = args.env.iter().map(check_env).collect::<Result<_, _>>()?;
     let cwd = bytes(&args.cwd);
     if !cwd.starts_with(b"/") {
         return Err(CliError::Argument {

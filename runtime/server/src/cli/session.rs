@@ -7,7 +7,7 @@ use super::stdio::{self, RawMode};
 use super::timing::{Timing, micros};
 use super::{CliError, FAILURE};
 use guest_init::{INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES, ToGuest, ToHost};
-use peregrine_vmm::agent::{Agent, AgentError, AgentWriter, Boot, Command, Outcome, failed_text};
+use peregrine_vmm::agent::{Agent, AgentError, AgentWriter, Boot, Command, Grants, Outcome, failed_text};
 use peregrine_vmm::{MicroVm, StopReason};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;

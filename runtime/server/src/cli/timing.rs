@@ -61,7 +61,7 @@ impl Timing {
     pub(crate) fn finish(&mut self, vm: &MicroVm) {
         let stages = vm.stages();
         let since = |at: Instant| micros(at.saturating_duration_since(stages.start));
-        self.built_us = since(stages.built);
+        self.built_us = micros(stages.built.saturating_duration_since(stages.start));
         self.kernel_entry_us = stages.entered.map(since);
         self.emulated_total = vm.emulated_instructions();
         self.exits = vm.exits();
