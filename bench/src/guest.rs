@@ -42,7 +42,8 @@ const ITEMS: &[Item] = &[
 ];
 
 /// Kernel parameters that switch the levers of software KVM off. The later word wins.
-pub const LEVERS_OFF: &str = "bulk_memory=0 peregrine.thp=0 peregrine.batch=0 tick_stretch=1";
+pub const LEVERS_OFF: &str =
+    "bulk_memory=0 file_around=4,4 cow_around=4 pelt_step=1 tick_stretch=1 peregrine.thp=0 peregrine.batch=0";
 
 /// Builds guestbench with rustc, once, beside the other build products.
 ///

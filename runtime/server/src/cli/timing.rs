@@ -67,6 +67,16 @@ impl Timing {
         self.exits = vm.exits();
         self.assists =
             vm.assists().iter().filter(|(_, n)| *n > 0).map(|(op, n)| (op.name().to_owned(), n)).collect();
+        let (devices, doorbell) = (vm.device_stats(), vm.doorbell());
+        self.devices = vec![
+            ("interrupts", devices.interrupts),
+            ("block requests", devices.block_requests),
+            ("block bytes read", devices.block_read_bytes),
+            ("vsock packets out", devices.vsock_packets_from_guest),
+            ("vsock packets in", devices.vsock_packets_to_guest),
+            ("doorbell calls", doorbell.calls),
+            ("doorbell bytes", doorbell.copied_bytes + doorbell.filled_bytes),
+        ];
     }
 
     /// The table people read.

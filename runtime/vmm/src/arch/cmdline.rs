@@ -35,6 +35,11 @@ const SOFTWARE_KVM: &[&str] = &[
     "peregrine.thp=1",
     // The agent in SCHED_BATCH: a command and the agent take fewer turns for the same output.
     "peregrine.batch=1",
+    // A fault on a file costs 2,000 instructions and more: read and map files in large windows, and copy the
+    // data segments of programs in windows too (KiB).
+    "file_around=512,128 cow_around=128",
+    // Load averages of the scheduler: each 32 ms, not at each event.
+    "pelt_step=32000",
     // Write-protecting the kernel's own text splits mappings, a million instructions at boot. The sandbox's wall
     // is the VM, not the guest kernel.
     "rodata=off",
