@@ -217,7 +217,11 @@ fn forward_stdin(
             let room = credit.take(PAYLOAD_MAX_BYTES);
             let len = match io::stdin().read(&mut buffer[..room]) {
                 Ok(len) => len,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+                // A signal is not the end of the input.
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {
+                    credit.add(room);
+                    continue;
+                }
                 Err(_) => 0,
             };
             credit.add(room - len);
