@@ -45,7 +45,7 @@ fn the_main_job_prints_its_sum_and_exits_0() {
     let output = run(&["--timing", "--", "python3", "-c", "print(sum(range(10**7)))"]);
     assert_eq!(text(&output.stdout), "49999995000000\n", "{}", text(&output.stderr));
     assert_eq!(output.status.code(), Some(0));
-    for stage in ["kernel entry", "PID 1", "agent ready", "first byte", "exit", "doorbell calls"] {
+    for stage in ["guest entered", "first VM exit", "agent ready", "first byte", "exit", "doorbell calls"] {
         assert!(text(&output.stderr).contains(stage), "{}", text(&output.stderr));
     }
 }

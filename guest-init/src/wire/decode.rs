@@ -81,6 +81,11 @@ impl<B: AsRef<[u8]> + AsMut<[u8]>> Decoder<B> {
         Ok(Some(Frame { kind, flags, stream, payload }))
     }
 
+    /// The bytes that were not handed out as frames yet.
+    pub fn pending(&self) -> &[u8] {
+        &self.buffer.as_ref()[self.start..self.end]
+    }
+
     /// Forgets all bytes, for a new connection.
     pub fn reset(&mut self) {
         self.start = 0;

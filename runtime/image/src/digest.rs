@@ -18,6 +18,12 @@ impl Key {
         (text.len() == 64 && text.bytes().all(hex)).then(|| Self(text.to_owned()))
     }
 
+    /// The key of something made from these named inputs.
+    #[must_use]
+    pub fn of(kind: &str, inputs: &[(&str, &[u8])]) -> Self {
+        inputs.iter().fold(Inputs::new(kind), |all, (name, value)| all.with(name, value)).key()
+    }
+
     /// The 64 hex digits.
     pub fn as_str(&self) -> &str {
         &self.0

@@ -9,6 +9,7 @@
 //! <root>/<kind>/<key>/record.json    names, sizes and digests of the files beside it
 //! ```
 
+use std::fmt::Display;
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -35,11 +36,13 @@ pub enum Kind {
     Image,
     /// The disk that carries our PID 1: `agent.erofs`.
     Agent,
+    /// A frozen microVM, ready to be cloned: `memory`, `state`.
+    Template,
 }
 
 impl Kind {
     /// All of them, in the order of their names.
-    pub const ALL: [Self; 3] = [Self::Agent, Self::Image, Self::Kernel];
+    pub const ALL: [Self; 4] = [Self::Agent, Self::Image, Self::Kernel, Self::Template];
 
     /// The directory's name, and the word for messages.
     pub fn name(self) -> &'static str {
@@ -47,6 +50,7 @@ impl Kind {
             Self::Kernel => "kernel",
             Self::Image => "image",
             Self::Agent => "agent",
+            Self::Template => "template",
         }
     }
 }
@@ -93,7 +97,8 @@ struct Record {
 struct RecordedFile {
     name: String,
     bytes: u64,
-    sha256: String,
+    /// Absent where the file has a digest of its own, made for its size: a memory image of gigabytes, mostly holes.
+    sha256: Option<String>,
 }
 
 impl Store {
@@ -146,8 +151,8 @@ impl Store {
         for recorded in &record.files {
             let file = dir.join(&recorded.name);
             let sha256 = digest::of_file(&file).map_err(Error::io("read", &file))?;
-            if sha256 != recorded.sha256 {
-                let reason = format!("its SHA-256 is {sha256}, recorded is {}", recorded.sha256);
+            if let Some(wanted) = recorded.sha256.as_ref().filter(|wanted| **wanted != sha256) {
+                let reason = format!("its SHA-256 is {sha256}, recorded is {wanted}");
                 return Err(Error::Corrupt { file, dir, reason });
             }
         }
@@ -173,15 +178,15 @@ impl Store {
 
     /// The entry, built by `build` if there is none or if it is damaged. `check` is the caller's cheap test
     /// of an existing entry; `build` fills `Workplace::out` and returns what it was made from.
-    pub(crate) fn get_or_build(
+    pub(crate) fn get_or_build<E: From<Error> + Display>(
         &self,
         kind: Kind,
         key: &Key,
         progress: &mut dyn Progress,
-        check: impl Fn(&Path) -> Result<(), Error>,
-        build: impl FnOnce(&Workplace, &mut dyn Progress) -> Result<Vec<String>, Error>,
-    ) -> Result<PathBuf, Error> {
-        let sound = || -> Result<Option<PathBuf>, Error> {
+        check: impl Fn(&Path) -> Result<(), E>,
+        build: impl FnOnce(&Workplace, &mut dyn Progress) -> Result<Vec<String>, E>,
+    ) -> Result<PathBuf, E> {
+        let sound = || -> Result<Option<PathBuf>, E> {
             let dir = self.lookup(kind, key)?;
             dir.as_deref().map_or(Ok(()), &check)?;
             Ok(dir)
@@ -201,8 +206,23 @@ impl Store {
         }
         let place = self.workplace(kind)?;
         let made_from = build(&place, progress)?;
-        write_record(&place.out, made_from)?;
-        self.publish(&place.out, kind, key)
+        write_record(&place.out, kind, made_from)?;
+        Ok(self.publish(&place.out, kind, key)?)
+    }
+
+    /// The template of this key, made by `build` (into the directory it is given) if there is none, or if `check` refuses the
+    /// one there is.
+    ///
+    /// # Errors
+    /// What `build` said, or what is wrong with the cache.
+    pub fn template<E: From<Error> + Display>(
+        &self,
+        key: &Key,
+        progress: &mut dyn Progress,
+        check: impl Fn(&Path) -> Result<(), E>,
+        build: impl FnOnce(&Path, &mut dyn Progress) -> Result<Vec<String>, E>,
+    ) -> Result<PathBuf, E> {
+        self.get_or_build(Kind::Template, key, progress, check, |place, progress| build(&place.out, progress))
     }
 
     /// A directory of our own for a build, after sweeping those of builders that died.
@@ -326,12 +346,14 @@ fn sweep(tmp: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-fn write_record(out: &Path, made_from: Vec<String>) -> Result<(), Error> {
+fn write_record(out: &Path, kind: Kind, made_from: Vec<String>) -> Result<(), Error> {
     let mut files = Vec::new();
     for name in names_in(out)? {
         let path = out.join(&name);
         let bytes = path.metadata().map_err(Error::io("read", &path))?.len();
-        let sha256 = digest::of_file(&path).map_err(Error::io("read", &path))?;
+        let own_digest = kind == Kind::Template && name == "memory";
+        let sha256 = (!own_digest).then(|| digest::of_file(&path)).transpose();
+        let sha256 = sha256.map_err(Error::io("read", &path))?;
         files.push(RecordedFile { name: name.to_string_lossy().into_owned(), bytes, sha256 });
     }
     let path = out.join(RECORD);

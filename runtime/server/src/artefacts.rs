@@ -28,6 +28,8 @@ pub struct Artefacts {
     pub agent_disk: PathBuf,
     /// The root file system.
     pub image: PathBuf,
+    /// Where they, and the templates made from them, are kept.
+    pub store: Store,
 }
 
 impl Artefacts {
@@ -61,6 +63,6 @@ impl Artefacts {
             Some(path) => path.clone(),
             None => peregrine_image::default_image(&store, progress)?.path,
         };
-        Ok(Self { kernel, system_map, agent_disk, image })
+        Ok(Self { kernel, system_map, agent_disk, image, store })
     }
 }

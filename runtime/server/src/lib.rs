@@ -1,4 +1,5 @@
-//! What the `peregrine` command, its tests and its benches share: the guest artefacts and the agent that is
-//! built into the binary.
+//! What the `peregrine` command, its tests and its benches share: the guest artefacts, the agent that is
+//! built into the binary, and templates.
 
 pub mod artefacts;
+pub mod template;

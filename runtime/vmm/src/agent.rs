@@ -3,10 +3,13 @@
 //! Blocking, over the Unix stream that stands for a vsock connection. What a guest sends is checked by the
 //! wire's decoder; a guest that breaks the protocol costs its own connection and nothing else.
 
+use crate::event_loop::ring::peek_bytes;
+use crate::snapshot::AgentState;
 use guest_init::{
     Adopt, Decoder, EXEC_LAZY_STARTED, EXEC_PTY, EXEC_STDIN, ExecFailed, ExecRequest, Exited,
     FRAME_MAX_BYTES, INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES, ToGuest, ToHost, VERSION, WireError,
 };
+use std::collections::BTreeSet;
 use std::io::{self, Read as _, Write as _};
 use std::ops::ControlFlow;
 use std::os::unix::net::UnixStream;
@@ -134,6 +137,8 @@ pub struct Agent {
     decoder: Decoder<Vec<u8>>,
     timeout: Option<Duration>,
     next_stream: u32,
+    /// Commands that have not ended.
+    streams: BTreeSet<u32>,
 }
 
 /// A command to start in the guest.
@@ -195,6 +200,7 @@ impl Agent {
             decoder: Decoder::new(vec![0; 2 * FRAME_MAX_BYTES])?,
             timeout: None,
             next_stream: 1,
+            streams: BTreeSet::new(),
         };
         agent.set_timeout(Some(timeout))?;
         let boot = agent.pump(|_, message| match message {
@@ -208,6 +214,42 @@ impl Agent {
         })?;
         agent.set_timeout(None)?;
         Ok((agent, boot))
+    }
+
+    /// Takes over the restored end of a snapshot's connection: the conversation goes on where it stood. The commands that
+    /// ran then go on too, but nobody here knows them: their output is discarded.
+    ///
+    /// # Errors
+    /// If the socket refuses, or the saved bytes cannot be a frame.
+    pub fn resume(socket: UnixStream, saved: &AgentState) -> Result<Self, AgentError> {
+        let clone = socket.try_clone().map_err(AgentError::Io)?;
+        let mut decoder = Decoder::new(vec![0; 2 * FRAME_MAX_BYTES])?;
+        // Less than a frame.
+        decoder.push(&saved.unread);
+        let writer = AgentWriter { stream: Arc::new(Mutex::new(clone)) };
+        for stream in &saved.streams {
+            writer.send(*stream, &ToGuest::Close)?;
+        }
+        let streams = BTreeSet::new();
+        Ok(Self { socket, writer, decoder, timeout: None, next_stream: saved.next_stream, streams })
+    }
+
+    /// Where the conversation stands: for a snapshot, while the microVM is paused. Whole frames that nobody has looked at
+    /// are left out, as their streams are.
+    ///
+    /// # Errors
+    /// What the guest sent that is no frame.
+    pub fn state(&self) -> Result<AgentState, AgentError> {
+        let mut all = self.decoder.pending().to_vec();
+        all.extend(peek_bytes(&self.socket).map_err(AgentError::Io)?);
+        let mut decoder = Decoder::new(vec![0; all.len().max(FRAME_MAX_BYTES)])?;
+        decoder.push(&all);
+        while decoder.next_frame()?.is_some() {}
+        Ok(AgentState {
+            next_stream: self.next_stream,
+            streams: self.streams.iter().copied().collect(),
+            unread: decoder.pending().to_vec(),
+        })
     }
 
     /// Gives up waiting for the guest after `timeout` without a byte from it; `None` waits for ever.
@@ -224,14 +266,26 @@ impl Agent {
     /// # Errors
     /// [`AgentError::Refused`] naming what the guest could not do.
     pub fn adopt(&mut self, identity: &Identity) -> Result<(), AgentError> {
+        self.begin_adopt(identity)?;
+        self.end_adopt()
+    }
+
+    /// Sends the new identity.
+    pub(crate) fn begin_adopt(&self, identity: &Identity) -> Result<(), AgentError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let adopt = Adopt {
             entropy: &identity.entropy,
             wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             hostname: identity.hostname.as_bytes(),
         };
-        self.writer.send(0, &ToGuest::Adopt(adopt))?;
-        self.pump(|_, message| match message {
+        self.writer.send(0, &ToGuest::Adopt(adopt))
+    }
+
+    /// Waits until the guest has taken it.
+    pub(crate) fn end_adopt(&mut self) -> Result<(), AgentError> {
+        self.pump(|stream, message| match message {
+            // In a fork, commands that ran in its parent may end before it is adopted.
+            _ if stream != 0 => Ok(ControlFlow::Continue(())),
             ToHost::Adopted { failed: 0 } => Ok(ControlFlow::Break(())),
             ToHost::Adopted { failed } => {
                 Err(AgentError::Refused(format!("adopt failed (parts {failed:#x})")))
@@ -271,6 +325,7 @@ impl Agent {
             env: &command.env,
         };
         self.writer.exec(stream, &request)?;
+        self.streams.insert(stream);
         Ok(stream)
     }
 
@@ -288,6 +343,9 @@ impl Agent {
                 if let ToHost::Error { code, text } = message {
                     let text = String::from_utf8_lossy(text);
                     return Err(AgentError::Refused(format!("{code:?}: {text}")));
+                }
+                if matches!(message, ToHost::Exited(_) | ToHost::ExecFailed(_)) {
+                    self.streams.remove(&frame.stream);
                 }
                 if let ControlFlow::Break(value) = on(frame.stream, message)? {
                     return Ok(value);

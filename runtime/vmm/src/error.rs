@@ -75,6 +75,15 @@ pub enum VmmError {
     /// The devices or their event loop could not be started.
     #[error("devices: {0}")]
     Devices(#[from] crate::devices::DeviceError),
+    /// A snapshot was refused, or could not be written.
+    #[error(transparent)]
+    Snapshot(#[from] crate::snapshot::SnapshotError),
+    /// The microVM has stopped, so it cannot be paused.
+    #[error("the microVM has stopped")]
+    Stopped,
+    /// The conversation with the agent cannot be saved.
+    #[error("the agent's connection: {0}")]
+    Agent(String),
     /// A thread or signal could not be set up.
     #[error("{what}: {source}")]
     Os {

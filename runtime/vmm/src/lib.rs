@@ -20,9 +20,11 @@ pub mod event_loop;
 pub mod host;
 pub mod memory;
 pub mod profile;
+pub mod snapshot;
 pub mod stats;
 mod sys;
 pub mod vcpu;
+mod vcpu_state;
 pub mod vm;
 
 pub use error::VmmError;

@@ -1,10 +1,18 @@
 //! Guest memory: which guest-physical ranges are RAM and the host mapping behind them.
 //!
-//! May touch: anonymous mappings of this process. Must not: know devices, vCPUs or KVM.
+//! May touch: mappings of this process. Must not: know devices, vCPUs or KVM.
+//!
+//! The ranges of RAM lie one after the other in a memory image, so a guest-physical address below the device hole is
+//! also an offset in it.
 
 use crate::VmmError;
 use crate::arch::layout;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
+use std::fs::File;
+use std::sync::Arc;
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _,
+    GuestRegionMmap, MmapRegion,
+};
 
 /// The guest's RAM. Every device and the loader reach it through this type, which checks bounds.
 pub type GuestMemory = GuestMemoryMmap<()>;
@@ -18,12 +26,49 @@ pub const MIN_MIB: u64 = 64;
 /// [`VmmError::OutOfRange`] under [`MIN_MIB`] or over the host's physical memory; [`VmmError::Memory`] if the
 /// mapping fails.
 pub fn allocate(mem_mib: u64) -> Result<GuestMemory, VmmError> {
+    map(mem_mib, None, libc::MAP_ANONYMOUS | libc::MAP_PRIVATE)
+}
+
+/// Maps a memory image as RAM, shared: what the guest writes is in the file. `file` gets the right length.
+///
+/// # Errors
+/// As [`allocate`], and if the file cannot be made so long.
+pub fn map_shared(mem_mib: u64, file: &Arc<File>) -> Result<GuestMemory, VmmError> {
+    let resized = file.set_len(mem_mib << 20);
+    resized.map_err(|source| VmmError::Os { what: "cannot make the memory image", source })?;
+    map(mem_mib, Some(file), libc::MAP_SHARED)
+}
+
+/// Maps a memory image as RAM, privately: the guest starts with its contents, and what it writes is its own.
+///
+/// # Errors
+/// As [`allocate`].
+pub fn map_private(mem_mib: u64, file: &Arc<File>) -> Result<GuestMemory, VmmError> {
+    map(mem_mib, Some(file), libc::MAP_PRIVATE)
+}
+
+fn map(mem_mib: u64, file: Option<&Arc<File>>, flags: i32) -> Result<GuestMemory, VmmError> {
     check_size(mem_mib)?;
-    let ranges: Vec<(GuestAddress, usize)> = layout::ram_ranges(mem_mib << 20)
-        .into_iter()
-        .map(|r| (GuestAddress(r.start), (r.end - r.start) as usize))
-        .collect();
-    GuestMemory::from_ranges(&ranges).map_err(|e| VmmError::Memory(format!("cannot map {mem_mib} MiB: {e}")))
+    let failed = |e: String| VmmError::Memory(format!("cannot map {mem_mib} MiB: {e}"));
+    let mut offset = 0;
+    let mut regions = Vec::new();
+    for range in layout::ram_ranges(mem_mib << 20) {
+        let bytes = range.end - range.start;
+        let place = file.map(|file| FileOffset::from_arc(Arc::clone(file), offset));
+        let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_NORESERVE);
+        let region = MmapRegion::build(place, bytes as usize, protection, flags);
+        let region = region.map_err(|e| failed(e.to_string()))?;
+        let region = GuestRegionMmap::new(region, GuestAddress(range.start));
+        regions.push(region.ok_or_else(|| failed("an address overflows".to_owned()))?);
+        offset += bytes;
+    }
+    GuestMemory::from_regions(regions).map_err(|e| failed(e.to_string()))
+}
+
+/// Size of all RAM in MiB.
+#[must_use]
+pub fn mib(mem: &GuestMemory) -> u64 {
+    mem.iter().map(|region| region.len()).sum::<u64>() >> 20
 }
 
 /// Refuses a guest size that cannot work, before anything is spent on it.
@@ -45,7 +90,6 @@ pub fn check_size(mem_mib: u64) -> Result<(), VmmError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
     #[test]
     fn sizes_outside_the_range_are_refused_with_the_limit() {

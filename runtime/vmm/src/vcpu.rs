@@ -13,6 +13,7 @@ use crate::event_loop::Bus;
 
 use crate::memory::GuestMemory;
 use crate::sys::{kick, kvm as raw};
+use crate::vcpu_state::VcpuSnapshot;
 use crate::vm::{Shared, StopReason};
 use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -22,36 +23,32 @@ use std::sync::Arc;
 const RESET_PORT: u16 = 0x64;
 const RESET_COMMAND: u8 = 0xfe;
 
-/// What a vCPU needs to boot, the same for all of a microVM.
-pub(crate) struct VcpuSetup<'a> {
-    pub(crate) cpuid: &'a CpuId,
-    pub(crate) vcpus: u8,
-    /// Entry point of the kernel.
-    pub(crate) entry: u64,
-}
-
 /// Asks KVM which CPUID leaves it can virtualise. Software KVM takes and ignores them.
 pub(crate) fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, VmmError> {
     kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("GET_SUPPORTED_CPUID"))
 }
 
-/// Creates a vCPU in its boot state. The order is CPUID, MSRs, FPU, special registers, registers, LAPIC:
-/// MSRs and CR4 bits are checked against CPUID, so it comes first.
-pub(crate) fn create(vm: &VmFd, index: u8, setup: &VcpuSetup<'_>) -> Result<VcpuFd, VmmError> {
+/// Creates one of `vcpus` vCPUs. MSRs and CR4 bits are checked against CPUID, so it is set at once.
+pub(crate) fn create(vm: &VmFd, index: u8, cpuid: &CpuId, vcpus: u8) -> Result<VcpuFd, VmmError> {
     let fd = vm.create_vcpu(u64::from(index)).map_err(VmmError::kvm("CREATE_VCPU"))?;
-    fd.set_cpuid2(&cpuid_of(setup.cpuid, index, setup.vcpus)).map_err(VmmError::kvm("SET_CPUID2"))?;
-    set_boot_msrs(&fd)?;
+    fd.set_cpuid2(&cpuid_of(cpuid, index, vcpus)).map_err(VmmError::kvm("SET_CPUID2"))?;
+    Ok(fd)
+}
+
+/// Gives a new vCPU its boot state, the first one the kernel's entry point. The order is MSRs, FPU, special registers,
+/// registers, LAPIC.
+pub(crate) fn set_boot_state(fd: &VcpuFd, first: bool, entry: u64) -> Result<(), VmmError> {
+    set_boot_msrs(fd)?;
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
     fd.set_fpu(&fpu).map_err(VmmError::kvm("SET_FPU"))?;
-    if index == 0 {
+    if first {
         // The others wait for INIT and SIPI in KVM's LAPIC and take their state from there.
         let mut sregs = fd.get_sregs().map_err(VmmError::kvm("GET_SREGS"))?;
         boot::set_boot_sregs(&mut sregs);
         fd.set_sregs(&sregs).map_err(VmmError::kvm("SET_SREGS"))?;
-        fd.set_regs(&boot::boot_regs(setup.entry)).map_err(VmmError::kvm("SET_REGS"))?;
+        fd.set_regs(&boot::boot_regs(entry)).map_err(VmmError::kvm("SET_REGS"))?;
     }
-    set_local_interrupts(&fd)?;
-    Ok(fd)
+    set_local_interrupts(fd)
 }
 
 /// Gives each vCPU its own APIC id and all of them one topology: `vcpus` cores of one thread.
@@ -119,8 +116,13 @@ fn set_lapic_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
 /// What is left to do after an exit.
 enum Next {
     Run,
+    /// KVM_RUN ended without an exit of the guest's.
+    Interrupted,
     Stop(StopReason),
 }
+
+/// Exits that one instruction may need to be complete: a string instruction's data come in portions.
+const MOST_EXITS_TO_SETTLE: u32 = 1 << 16;
 
 /// A vCPU on its own thread.
 pub(crate) struct Vcpu {
@@ -131,6 +133,8 @@ pub(crate) struct Vcpu {
     pub(crate) mem: GuestMemory,
     pub(crate) xsave: raw::XsaveArea,
     pub(crate) host: Arc<HostCpu>,
+    /// The MSRs to save.
+    pub(crate) msrs: &'static [u32],
 }
 
 impl Vcpu {
@@ -144,14 +148,49 @@ impl Vcpu {
             }
         }
         share_registers(&mut self.fd);
+        self.pause();
         if self.index == 0 {
             self.shared.note_entry();
         }
+        let mut exited = false;
         while !self.shared.stopping() {
-            if let Next::Stop(reason) = self.step() {
-                self.shared.stop(reason);
+            match self.step() {
+                Next::Run if !exited => {
+                    exited = true;
+                    self.shared.note_first_exit();
+                }
+                Next::Run | Next::Interrupted => {}
+                Next::Stop(reason) => self.shared.stop(reason),
+            }
+            if self.shared.closed() {
+                self.settle();
+                self.pause();
             }
         }
+    }
+
+    /// Stands at the gate, its state taken, until the gate opens.
+    fn pause(&mut self) {
+        let Self { fd, xsave, msrs, shared, .. } = self;
+        shared.park(self.index, || VcpuSnapshot::capture(fd, xsave, msrs));
+        // The guest's watchdogs must not take the pause for a hang. It fails only for guests without kvm-clock.
+        let _ = self.fd.kvmclock_ctrl();
+    }
+
+    /// Completes the instruction that the last exit left half done: KVM finishes it on entry, and then returns at once.
+    fn settle(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        for _ in 0..MOST_EXITS_TO_SETTLE {
+            match self.step() {
+                Next::Run => {}
+                Next::Interrupted => break,
+                Next::Stop(reason) => {
+                    self.shared.stop(reason);
+                    break;
+                }
+            }
+        }
+        self.fd.set_kvm_immediate_exit(0);
     }
 
     fn step(&mut self) -> Next {
@@ -199,7 +238,7 @@ impl Vcpu {
             }
             Err(e) if matches!(e.errno(), libc::EINTR | libc::EAGAIN) => {
                 self.kicked();
-                Next::Run
+                Next::Interrupted
             }
             Err(e) => Next::Stop(StopReason::Host(format!("KVM_RUN failed: {e}"))),
         }

@@ -9,9 +9,11 @@ pub(crate) enum CliError {
     Vmm(#[from] VmmError),
     #[error(transparent)]
     Image(#[from] peregrine_image::Error),
+    #[error(transparent)]
+    Template(#[from] peregrine::template::TemplateError),
     #[error("{0}")]
     Stopped(StopReason),
-    #[error("the guest's agent did not answer within {seconds} s of boot{hint}")]
+    #[error("the guest's agent did not answer within {seconds} s{hint}")]
     NoAgent { seconds: u64, hint: String },
     #[error(transparent)]
     Agent(#[from] peregrine_vmm::agent::AgentError),

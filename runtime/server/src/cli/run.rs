@@ -5,6 +5,7 @@ use super::timing::Timing;
 use super::{CliError, progress, stdio};
 use clap::Args;
 use peregrine::artefacts::{Artefacts, Wanted};
+use peregrine::template;
 use peregrine_vmm::agent::{Command, Outcome};
 use peregrine_vmm::profile::Symbols;
 use peregrine_vmm::{DiskConfig, MicroVm, VmConfig};
@@ -16,12 +17,15 @@ use std::time::{Duration, Instant};
 
 /// How long a guest may take to boot before it is given up: over ten times the slowest seen.
 const BOOT_TIMEOUT: Duration = Duration::from_secs(120);
+/// How long a restored guest may take to accept its new identity: it has nothing else to do.
+const ADOPT_TIMEOUT: Duration = Duration::from_secs(60);
 /// How often `--profile-guest` looks at the guest's instruction pointer.
 const PROFILE_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Run a command in a microVM of its own
 ///
-/// The first run builds the guest kernel and the default image (bash, coreutils, python3) and says so. Standard
+/// The first run builds the guest kernel and the default image (bash, coreutils, python3), boots the guest once and
+/// freezes it as a template, and says so. Later runs with the same kernel, image, vCPUs and memory restore that. Standard
 /// input is forwarded; with a terminal on both ends the command gets a pseudo-terminal.
 ///
 /// Exit code: the command's own; 128+n if signal n killed it; 126 if it cannot be executed, 127 if it is not
@@ -64,7 +68,10 @@ pub(crate) struct RunArgs {
     /// Copy the guest kernel's console to standard error
     #[arg(long)]
     console: bool,
-    /// Sample the guest kernel while it runs; write folded stacks for a flame graph
+    /// Boot the guest instead of restoring its template; implied by --console
+    #[arg(long)]
+    boot: bool,
+    /// Sample the guest kernel while it runs, from its boot on; write folded stacks for a flame graph
     #[arg(long, value_name = "FILE")]
     profile_guest: Option<PathBuf>,
     /// More kernel parameters
@@ -73,6 +80,13 @@ pub(crate) struct RunArgs {
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
+}
+
+impl RunArgs {
+    /// What is asked for can only be had of a guest that boots.
+    fn boots(&self) -> bool {
+        self.boot || self.console || self.profile_guest.is_some()
+    }
 }
 
 /// Does the verb; the value is the exit code.
@@ -84,11 +98,25 @@ pub(crate) fn run(args: &RunArgs, cache: Option<PathBuf>) -> Result<u8, CliError
     peregrine_vmm::vm::open_kvm()?;
     let wanted = Wanted { cache, kernel: args.kernel.clone(), image: args.image.clone() };
     let artefacts = Artefacts::prepare(&wanted, progress::for_stderr().as_mut())?;
-    let checked = config(args, &artefacts).check()?;
-    let mut timing = Timing::new(begun.elapsed());
-
-    let vm = Arc::new(MicroVm::boot(checked)?);
-    let result = session::run(&vm, &command, BOOT_TIMEOUT, &mut timing);
+    let config = config(args, &artefacts);
+    // Everything is checked before a template is made of it.
+    let mut timing;
+    let (vm, agent) = if args.boots() {
+        let checked = config.check()?;
+        timing = Timing::new(begun.elapsed());
+        let vm = Arc::new(MicroVm::boot(checked)?);
+        let agent = session::boot(&vm, BOOT_TIMEOUT, &mut timing);
+        (vm, agent)
+    } else {
+        let disks = config.open_disks()?;
+        let template = template::prepare(&artefacts.store, &config, progress::for_stderr().as_mut())?;
+        let kvm = peregrine_vmm::vm::open_kvm()?;
+        timing = Timing::new(begun.elapsed());
+        let vm = Arc::new(MicroVm::restore(&template, disks, &kvm)?);
+        let agent = session::adopt(&vm, ADOPT_TIMEOUT, &mut timing);
+        (vm, agent)
+    };
+    let result = agent.and_then(|agent| session::run(&vm, agent, &command, &mut timing));
     timing.finish(&vm);
     vm.stop();
     report(args, &artefacts, &vm, &timing, &result)?;

@@ -7,7 +7,9 @@ use super::stdio::{self, RawMode};
 use super::timing::{Timing, micros};
 use super::{CliError, FAILURE};
 use guest_init::{INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES, ToGuest, ToHost};
-use peregrine_vmm::agent::{Agent, AgentError, AgentWriter, Boot, Command, Grants, Outcome, failed_text};
+use peregrine_vmm::agent::{
+    Agent, AgentError, AgentWriter, Boot, Command, Grants, Identity, Outcome, failed_text,
+};
 use peregrine_vmm::{MicroVm, StopReason};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGWINCH};
 use signal_hook::iterator::Signals;
@@ -42,20 +44,31 @@ impl Ended {
     }
 }
 
-/// Boots to the agent, runs `command` to its end. On any error the microVM's own stop reason goes first.
+/// Waits for a booting guest's agent. On any error the microVM's own stop reason goes first.
+pub(crate) fn boot(vm: &MicroVm, timeout: Duration, timing: &mut Timing) -> Result<Agent, CliError> {
+    let (agent, boot) = vm.connect_agent(timeout).map_err(|error| explain(vm, error.into(), timeout))?;
+    note_boot(timing, &boot, vm.stages().start, vm);
+    Ok(agent)
+}
+
+/// Lets a restored guest go and tells it who it is.
+pub(crate) fn adopt(vm: &MicroVm, timeout: Duration, timing: &mut Timing) -> Result<Agent, CliError> {
+    let adopted = Identity::fresh().map_err(AgentError::Io).and_then(|identity| vm.adopt(&identity, timeout));
+    let agent = adopted.map_err(|error| explain(vm, error.into(), timeout))?;
+    timing.agent_us = Some(micros(vm.stages().start.elapsed()));
+    timing.emulated_boot = vm.emulated_instructions();
+    Ok(agent)
+}
+
+/// Runs `command` to its end. On any error the microVM's own stop reason goes first.
 pub(crate) fn run(
     vm: &Arc<MicroVm>,
+    mut agent: Agent,
     command: &Command,
-    boot_timeout: Duration,
     timing: &mut Timing,
 ) -> Result<Ended, CliError> {
-    let start = vm.stages().start;
-    let connected = vm.connect_agent(boot_timeout).map_err(CliError::from);
-    let result = connected.and_then(|(mut agent, boot)| {
-        note_boot(timing, &boot, start, vm);
-        converse(vm, &mut agent, command, timing, start)
-    });
-    result.map_err(|error| explain(vm, error, boot_timeout))
+    let result = converse(vm, &mut agent, command, timing, vm.stages().start);
+    result.map_err(|error| explain(vm, error, Duration::ZERO))
 }
 
 fn note_boot(timing: &mut Timing, boot: &Boot, start: Instant, vm: &MicroVm) {

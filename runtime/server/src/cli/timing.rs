@@ -13,6 +13,8 @@ pub(crate) struct Timing {
     pub(crate) built_us: u64,
     /// The boot processor entered the kernel.
     pub(crate) kernel_entry_us: Option<u64>,
+    /// The guest made its first VM exit.
+    pub(crate) first_exit_us: Option<u64>,
     /// First instruction of PID 1 (by the guest's own clock, read when it says hello).
     pub(crate) pid1_us: Option<u64>,
     /// The agent was ready for a command.
@@ -43,6 +45,7 @@ impl Timing {
             prepare_us: micros(prepare),
             built_us: 0,
             kernel_entry_us: None,
+            first_exit_us: None,
             pid1_us: None,
             agent_us: None,
             exec_us: None,
@@ -63,6 +66,7 @@ impl Timing {
         let since = |at: Instant| micros(at.saturating_duration_since(stages.start));
         self.built_us = micros(stages.built.saturating_duration_since(stages.start));
         self.kernel_entry_us = stages.entered.map(since);
+        self.first_exit_us = stages.first_exit.map(since);
         self.emulated_total = vm.emulated_instructions();
         self.exits = vm.exits();
         self.assists =
@@ -84,7 +88,8 @@ impl Timing {
         let mut out = String::from("stage                      ms since VM start\n");
         let rows = [
             ("VM built", Some(self.built_us)),
-            ("kernel entry", self.kernel_entry_us),
+            ("guest entered", self.kernel_entry_us),
+            ("first VM exit", self.first_exit_us),
             ("PID 1", self.pid1_us),
             ("agent ready", self.agent_us),
             ("exec sent", self.exec_us),

@@ -90,6 +90,13 @@ pub fn build(kind: KvmKind, verbose: bool, devices: &str, extra: &str) -> Result
     Ok(line)
 }
 
+/// All parameters that are the same for every guest of this build on this host: part of what a template is made from.
+#[must_use]
+pub fn fixed() -> String {
+    // Only devices and the caller's own make a line too long.
+    build(KvmKind::detect(), false, "", "").unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

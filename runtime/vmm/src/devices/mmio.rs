@@ -18,6 +18,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use serde::{Deserialize, Serialize};
 use virtio_queue::QueueState;
 
 use crate::devices::virtqueue::{Fault, Host, Turn, Virtqueue};
@@ -104,6 +105,10 @@ pub trait Device: Send {
     fn reset(&mut self, ops: &mut Vec<Op>);
     /// Operations that may still read or write guest memory.
     fn in_flight(&self) -> usize;
+    /// The open connections to save, for a device that has some.
+    fn streams(&self) -> std::io::Result<Vec<StreamState>> {
+        Ok(Vec::new())
+    }
     /// Gives back what the device holds only to save interrupts; before a snapshot.
     fn settle(&mut self, _host: &mut Host<'_>) -> Result<(), Fault> {
         Ok(())
@@ -124,7 +129,7 @@ pub struct Done {
 }
 
 /// All that the guest can see of a transport: plain data, saved whole.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// Device status.
     pub status: u32,
@@ -137,11 +142,77 @@ pub struct State {
     /// QueueSel.
     pub queue_sel: u32,
     /// Every queue's registers and positions; empty means as after power-on.
+    #[serde(with = "saved_queues")]
     pub queues: Vec<QueueState>,
     /// ConfigGeneration.
     pub config_generation: u32,
     /// InterruptStatus.
     pub interrupt_status: u32,
+    /// Open connections of a vsock device.
+    pub streams: Vec<StreamState>,
+}
+
+/// A vsock connection: what the guest knows of it, and the bytes that are on their way.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StreamState {
+    /// The host's port.
+    pub host_port: u32,
+    /// The guest's port.
+    pub guest_port: u32,
+    /// Receive buffer of the guest, as it last said.
+    pub peer_buf_alloc: u32,
+    /// Bytes the guest has taken, as it last said; counters run freely (virtio 1.2 §5.10.6.3).
+    pub peer_fwd_cnt: u32,
+    /// Bytes sent to the guest.
+    pub sent_bytes: u32,
+    /// Bytes received from the guest.
+    pub received_bytes: u32,
+    /// Of those, bytes the host has taken.
+    pub forwarded_bytes: u32,
+    /// Of those, bytes the guest has been told of.
+    pub advertised_bytes: u32,
+    /// The guest waits to be told of credit.
+    pub credit_due: bool,
+    /// The guest has said that it sends no more.
+    pub guest_ended: bool,
+    /// The guest has said that it takes no more.
+    pub guest_deaf: bool,
+    /// Bytes from the guest that its host's end has not been given.
+    pub to_host: Vec<u8>,
+    /// Bytes the host has written and the guest has no buffer for yet.
+    pub to_guest: Vec<u8>,
+}
+
+/// virtio-queue's state has no serde of its own.
+mod saved_queues {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+    use virtio_queue::QueueState;
+
+    #[derive(Serialize, Deserialize)]
+    #[serde(remote = "QueueState")]
+    struct Fields {
+        max_size: u16,
+        next_avail: u16,
+        next_used: u16,
+        event_idx_enabled: bool,
+        size: u16,
+        ready: bool,
+        desc_table: u64,
+        avail_ring: u64,
+        used_ring: u64,
+    }
+
+    #[derive(Serialize, Deserialize)]
+    struct Saved(#[serde(with = "Fields")] QueueState);
+
+    pub(super) fn serialize<S: Serializer>(queues: &[QueueState], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(queues.iter().copied().map(Saved))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<QueueState>, D::Error> {
+        let saved = Vec::<Saved>::deserialize(from)?;
+        Ok(saved.into_iter().map(|Saved(queue)| queue).collect())
+    }
 }
 
 /// The interrupt line of a device, with the InterruptStatus register.
@@ -167,6 +238,14 @@ impl Line {
     /// InterruptACK.
     pub fn acknowledge(&self, bits: u32) {
         self.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    /// Pulses the line if the driver has not acknowledged: after a restore. The pulse before may have come between the
+    /// capture of the vCPU and that of the device; one too many only makes the driver look once for nothing.
+    pub(crate) fn renew(&self) {
+        if self.status() != 0 {
+            self.sink.raise(self.gsi);
+        }
     }
 
     /// Sets a bit and pulses the line.
@@ -254,6 +333,8 @@ impl<D: Device> Mmio<D> {
             }
         }
         state.interrupt_status = self.wiring.line.status();
+        // A connection that cannot be saved is closed in the restored guest.
+        state.streams = self.device.streams().unwrap_or_default();
         state
     }
 

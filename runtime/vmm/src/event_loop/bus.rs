@@ -39,6 +39,8 @@ pub(crate) trait Port: Send + Sync {
     fn complete(&self, done: Done, ops: &mut Vec<Op>);
     /// Loop: the state to save, once nothing is in flight.
     fn settled_state(&self) -> Option<State>;
+    /// Restored: raises the interrupt again that the driver may not have seen.
+    fn renew_interrupt(&self);
     /// Loop: it ends, so nobody shall wait for it.
     fn abandon(&self);
 }
@@ -149,6 +151,10 @@ impl<D: Device> Port for Slot<D> {
         let mut mmio = self.lock();
         mmio.settle();
         (mmio.in_flight() == 0).then(|| mmio.state())
+    }
+
+    fn renew_interrupt(&self) {
+        self.line.renew();
     }
 
     fn abandon(&self) {

@@ -29,7 +29,7 @@ use crate::devices::block::Block;
 use crate::devices::entropy::Entropy;
 use crate::devices::mmio::{Device, Done, Line, Mmio, State, Wiring};
 use crate::devices::virtqueue::Turn;
-use crate::devices::vsock::{ConnectReply, Vsock};
+use crate::devices::vsock::{ConnectReply, HostEnd, Vsock};
 use crate::devices::{Counters, DeviceError, DevicesConfig, GuestMemory, Interrupt, Stats};
 
 /// Submission entries; more operations than that wait in a list of their own.
@@ -52,6 +52,7 @@ pub struct LoopHandle {
     bell: Arc<Bell>,
     commands: Sender<Command>,
     counters: Arc<Counters>,
+    host_ends: Mutex<Vec<HostEnd>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -86,11 +87,18 @@ pub fn start(
         let device = Block::new(disk)?;
         build.add(device)?;
     }
-    let vsock = build.add(if restores { Vsock::restored() } else { Vsock::default() })?;
+    let (vsock, host_ends) = match build.states.front() {
+        Some(state) => Vsock::restored(&state.streams).map_err(DeviceError::EventLoop)?,
+        None => (Vsock::default(), Vec::new()),
+    };
+    let vsock = build.add(vsock)?;
     build.add(Entropy)?;
     let Builder { loop_ended, ports, .. } = build;
     let bus = Arc::new(Bus::new(config.mmio_base, config.first_gsi, ports.clone()));
     let (commands, inbox) = channel();
+    if restores {
+        ports.iter().for_each(|port| port.renew_interrupt());
+    }
     let parts = Parts { ports, vsock, bell: Arc::clone(&bell), inbox, loop_ended };
     let thread = spawn(parts)?;
     if restores {
@@ -98,7 +106,8 @@ pub fn start(
         (0..devices)
             .for_each(|device| bell.ring((0..ATTENTION).fold(0, |bits, queue| bits | bit(device, queue))));
     }
-    Ok((bus, LoopHandle { bell, commands, counters, thread: Mutex::new(Some(thread)) }))
+    let host_ends = Mutex::new(host_ends);
+    Ok((bus, LoopHandle { bell, commands, counters, host_ends, thread: Mutex::new(Some(thread)) }))
 }
 
 struct Builder {
@@ -293,6 +302,13 @@ impl LoopHandle {
         let (reply, answer) = channel();
         self.command(Command::Listen { host_port, reply })?;
         answer.recv().map_err(|_| stopped())?
+    }
+
+    /// The host's end of the connection that the snapshot had to `host_port`, once.
+    pub fn restored_connection(&self, host_port: u32) -> Option<UnixStream> {
+        let mut ends = self.host_ends.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = ends.iter().position(|end| end.host_port == host_port)?;
+        Some(ends.swap_remove(index).stream)
     }
 
     /// Connects to `guest_port`; refused if nobody listens there.

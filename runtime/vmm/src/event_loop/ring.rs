@@ -190,6 +190,32 @@ pub fn send_bytes(socket: &impl AsRawFd, bytes: &[u8]) -> io::Result<usize> {
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
 
+/// What a stream socket holds to be read, left in it.
+pub fn peek_bytes(socket: &impl AsRawFd) -> io::Result<Vec<u8>> {
+    // More than a Unix socket holds by default (net.core.wmem_default, 208 KiB).
+    let mut bytes = vec![0; 512 * 1024];
+    // SAFETY: pointer and length are those of one live, exclusively borrowed buffer.
+    let count = unsafe {
+        libc::recv(
+            socket.as_raw_fd(),
+            bytes.as_mut_ptr().cast(),
+            bytes.len(),
+            libc::MSG_DONTWAIT | libc::MSG_PEEK,
+        )
+    };
+    match usize::try_from(count) {
+        Ok(count) => {
+            bytes.truncate(count);
+            bytes.shrink_to_fit();
+            Ok(bytes)
+        }
+        Err(_) => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::WouldBlock => Ok(Vec::new()),
+            error => Err(error),
+        },
+    }
+}
+
 /// Whether the other end of a stream socket is closed for good, not merely half closed.
 pub fn is_hung_up(socket: &impl AsRawFd) -> bool {
     let mut poll = libc::pollfd { fd: socket.as_raw_fd(), events: 0, revents: 0 };

@@ -19,7 +19,8 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
 use super::packet::{Header, NO_RECEIVE, NO_SEND, STREAM};
-use crate::event_loop::ring::send_bytes;
+use crate::devices::mmio::StreamState;
+use crate::event_loop::ring::{peek_bytes, send_bytes};
 
 /// Receive buffer we advertise for each connection, and the most we ever hold for it.
 pub const BUF_ALLOC: u32 = 256 * 1024;
@@ -106,6 +107,46 @@ impl Connection {
             guest_ended: false,
             guest_deaf: false,
         }
+    }
+
+    /// A connection as it was saved, its host's end not made yet.
+    pub(super) fn restored(id: u32, saved: &StreamState) -> Self {
+        let mut connection = Self::new(id, saved.host_port, saved.guest_port, Phase::Open);
+        connection.peer_buf_alloc = saved.peer_buf_alloc;
+        connection.peer_fwd_cnt = saved.peer_fwd_cnt;
+        connection.sent_bytes = saved.sent_bytes;
+        connection.received_bytes = saved.received_bytes;
+        connection.forwarded_bytes = saved.forwarded_bytes;
+        connection.advertised_bytes = saved.advertised_bytes;
+        connection.due.credit = saved.credit_due;
+        connection.guest_ended = saved.guest_ended;
+        connection.guest_deaf = saved.guest_deaf;
+        connection.outbox = saved.to_host.iter().copied().collect();
+        connection
+    }
+
+    /// What to save, if it is a connection that can go on. What the host's end has been given is the host's to save.
+    pub(super) fn state(&self) -> io::Result<Option<StreamState>> {
+        let Some(stream) = self.stream.as_ref().filter(|_| {
+            matches!(self.phase, Phase::Open) && !self.host_deaf && !self.host_ended && !self.due.response
+        }) else {
+            return Ok(None);
+        };
+        Ok(Some(StreamState {
+            host_port: self.host_port,
+            guest_port: self.guest_port,
+            peer_buf_alloc: self.peer_buf_alloc,
+            peer_fwd_cnt: self.peer_fwd_cnt,
+            sent_bytes: self.sent_bytes,
+            received_bytes: self.received_bytes,
+            forwarded_bytes: self.forwarded_bytes,
+            advertised_bytes: self.advertised_bytes,
+            credit_due: self.due.credit,
+            guest_ended: self.guest_ended,
+            guest_deaf: self.guest_deaf,
+            to_host: self.outbox.iter().copied().collect(),
+            to_guest: peek_bytes(&**stream)?,
+        }))
     }
 
     /// Whether this is the live connection of these ports.

@@ -29,7 +29,7 @@ pub use self::packet::{HEADER_BYTES, HOST_CID, Header, MAX_PAYLOAD_BYTES, NO_REC
 use self::packet::{read_header, write_header};
 pub use self::table::{MAX_CONNECTIONS, MAX_RESETS};
 use self::table::{Ports, Table};
-use crate::devices::mmio::{Device, Done};
+use crate::devices::mmio::{Device, Done, StreamState};
 use crate::devices::virtqueue::{Chain, Fault, Host, Turn};
 use crate::event_loop::ring::{GuestBuffers, Op, Pollable};
 
@@ -54,8 +54,21 @@ pub struct Vsock {
     config: [u8; 8],
     table: Table,
     held: Held,
-    /// The guest must be told that its connections are gone (after a restore).
+    /// The guest must be told that its connections are gone (after a restore without them).
     reset_due: bool,
+    /// The connections of a snapshot wait to be started.
+    start_due: bool,
+}
+
+/// The host's end of a connection that a snapshot had.
+#[derive(Debug)]
+pub struct HostEnd {
+    /// The host's port.
+    pub host_port: u32,
+    /// The guest's port.
+    pub guest_port: u32,
+    /// The end.
+    pub stream: UnixStream,
 }
 
 /// TX chains that are done with but not given back yet.
@@ -100,15 +113,21 @@ impl Default for Vsock {
             table: Table::default(),
             held: Held::default(),
             reset_due: false,
+            start_due: false,
         }
     }
 }
 
 impl Vsock {
-    /// A device whose driver comes from a snapshot: it will be told that its connections are gone.
-    #[must_use]
-    pub fn restored() -> Self {
-        Self { reset_due: true, ..Self::default() }
+    /// A device whose driver comes from a snapshot. Saved connections go on, and their hosts' ends are returned; if none was
+    /// saved, the guest will be told that those it may have are gone.
+    ///
+    /// # Errors
+    /// If a socket cannot be made.
+    pub fn restored(saved: &[StreamState]) -> io::Result<(Self, Vec<HostEnd>)> {
+        let mut vsock = Self { reset_due: saved.is_empty(), start_due: !saved.is_empty(), ..Self::default() };
+        let ends = vsock.table.restore(saved)?;
+        Ok((vsock, ends))
     }
 
     /// Hands connections that the guest makes to `host_port` to the receiver, at most 16 waiting.
@@ -343,6 +362,9 @@ impl Device for Vsock {
 
     fn service(&mut self, queue: usize, host: &mut Host<'_>) -> Result<Turn, Fault> {
         self.announce_reset(host)?;
+        if std::mem::take(&mut self.start_due) {
+            self.table.start_restored(host.ops);
+        }
         let received = if queue == TX { self.receive_from_guest(host)? } else { Turn::Idle };
         let delivered = self.deliver(host)?;
         Ok(if received == Turn::Idle { delivered } else { Turn::More })
@@ -356,12 +378,17 @@ impl Device for Vsock {
     fn reset(&mut self, ops: &mut Vec<Op>) {
         self.held = Held::default();
         self.reset_due = false;
+        self.start_due = false;
         self.table.reset(ops);
     }
 
     fn in_flight(&self) -> usize {
         // Polls do not touch guest memory.
         0
+    }
+
+    fn streams(&self) -> io::Result<Vec<StreamState>> {
+        self.table.states()
     }
 
     fn settle(&mut self, host: &mut Host<'_>) -> Result<(), Fault> {

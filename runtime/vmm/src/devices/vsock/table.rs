@@ -11,8 +11,9 @@ use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
 
 use super::connection::{ConnectReply, Connection, Phase};
 use super::packet::{HOST_CID, Header, MAX_PAYLOAD_BYTES, STREAM, op};
-use super::{GUEST_CID, pollable};
-use crate::event_loop::ring::{GuestBuffers, Op, is_hung_up};
+use super::{GUEST_CID, HostEnd, pollable};
+use crate::devices::mmio::StreamState;
+use crate::event_loop::ring::{GuestBuffers, Op, is_hung_up, send_bytes};
 
 /// Most connections at a time, in any stage.
 pub const MAX_CONNECTIONS: usize = 64;
@@ -57,6 +58,44 @@ impl Table {
 
     pub(super) fn held_bytes(&self) -> usize {
         self.connections.iter().map(Connection::held_bytes).sum()
+    }
+
+    /// The connections of a snapshot, their host's ends new; bytes for the guest are written into those.
+    pub(super) fn restore(&mut self, saved: &[StreamState]) -> io::Result<Vec<HostEnd>> {
+        let mut ends = Vec::new();
+        for state in saved.iter().take(MAX_CONNECTIONS) {
+            let (ours, theirs) = UnixStream::pair()?;
+            if !state.to_guest.is_empty() {
+                // What one socket held another of the same size takes.
+                send_bytes(&theirs, &state.to_guest)?;
+            }
+            self.next_id += 1;
+            let mut connection = Connection::restored(self.next_id, state);
+            connection.stream = Some(Arc::new(ours));
+            self.connections.push(connection);
+            ends.push(HostEnd { host_port: state.host_port, guest_port: state.guest_port, stream: theirs });
+        }
+        Ok(ends)
+    }
+
+    /// Starts what a restored device's connections wait for.
+    pub(super) fn start_restored(&mut self, ops: &mut Vec<Op>) {
+        for index in 0..self.connections.len() {
+            let connection = &mut self.connections[index];
+            connection.flush();
+            if let Some(stream) = &connection.stream {
+                let (token, fd) = (read_token(connection.id), pollable(stream));
+                ops.push(Op::Poll { token, fd, events: libc::POLLIN | libc::POLLRDHUP, multi: true });
+            }
+            self.await_space_at(index, ops);
+            let id = self.connections[index].id;
+            self.wake_id(id);
+        }
+    }
+
+    /// What to save of every connection that can go on after a restore.
+    pub(super) fn states(&self) -> io::Result<Vec<StreamState>> {
+        self.connections.iter().filter_map(|connection| connection.state().transpose()).collect()
     }
 
     pub(super) fn listen(&mut self, host_port: u32) -> io::Result<Receiver<UnixStream>> {

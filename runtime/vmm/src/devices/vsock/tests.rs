@@ -487,7 +487,7 @@ fn a_restored_guest_is_told_that_its_connections_are_gone() {
     guest.rig.mmio.settle();
     let saved = guest.rig.mmio.state();
     let mem = std::sync::Arc::clone(&guest.rig.mem);
-    let mut restored = Rig::with_state(saved, Vsock::restored(), mem).unwrap();
+    let mut restored = Rig::with_state(saved, Vsock::restored(&[]).unwrap().0, mem).unwrap();
     restored.queues = guest.rig.queues;
     restored.fill(SENT, &[0xff; 4]);
     restored.service(0);

@@ -1,0 +1,166 @@
+//! Snapshots: everything of a paused microVM that is not its memory or its disks, and the record of where it
+//! may be restored.
+//!
+//! ```text
+//! <directory>/memory   the guest's RAM: its ranges one after the other, page-aligned, holes where it is zero
+//! <directory>/state    fixed header, compatibility record (JSON), state (postcard); see [`format`]
+//! ```
+//!
+//! A template is a snapshot with a name; restoring one maps `memory` privately, so that all its clones share its pages until
+//! they write. What does not fit this host is refused by [`Compat::check`] before a VM exists.
+//!
+//! May touch: the two files. Must not: KVM (`vcpu_state` and `vm` do), threads.
+
+pub mod compat;
+pub mod format;
+mod memory_digest;
+
+pub use compat::Compat;
+pub use memory_digest::{MemoryDigest, digest_memory};
+
+use crate::devices::mmio::State as DeviceState;
+use crate::vcpu_state::VcpuSnapshot;
+use kvm_bindings::{kvm_clock_data, kvm_irqchip};
+use serde::{Deserialize, Serialize};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Name of the memory image in a snapshot's directory.
+pub const MEMORY_FILE: &str = "memory";
+/// Name of the state file in a snapshot's directory.
+pub const STATE_FILE: &str = "state";
+
+/// Why a snapshot was refused or could not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// A file could not be read or written.
+    #[error("snapshot file {path}: {source}")]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The state file is not one, is cut short or was changed.
+    #[error("snapshot state {path} is not usable: {reason}")]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// It was made on another kind of host or by another version.
+    #[error("this snapshot does not fit this host: {0}")]
+    Incompatible(String),
+}
+
+impl SnapshotError {
+    pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { path, source }
+    }
+}
+
+/// The machine's state at one moment: every field is plain data, saved whole.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MachineState {
+    /// The vCPUs, by index.
+    pub vcpus: Vec<VcpuSnapshot>,
+    /// Master PIC, slave PIC, I/O APIC.
+    pub irqchips: Vec<kvm_irqchip>,
+    /// The VM's clock (kvm-clock goes on from here).
+    pub clock: kvm_clock_data,
+    /// The devices, in bus order.
+    pub devices: Vec<DeviceState>,
+    /// The host's end of the agent's connection.
+    pub agent: AgentState,
+}
+
+/// Where the host's conversation with the agent stands.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AgentState {
+    /// The number its next command gets.
+    pub next_stream: u32,
+    /// Commands that have not ended.
+    pub streams: Vec<u32>,
+    /// Bytes from the guest that are not a whole frame yet.
+    pub unread: Vec<u8>,
+}
+
+/// A snapshot: where it fits, and the machine's state.
+#[derive(Debug, Clone)]
+pub struct Snapshot {
+    /// Where it fits.
+    pub compat: Compat,
+    /// The state.
+    pub machine: MachineState,
+}
+
+/// A snapshot on disk, its state read and found whole and fitting, its memory file open.
+#[derive(Debug)]
+pub struct Stored {
+    /// What it holds.
+    pub snapshot: Snapshot,
+    /// The memory image, open for reading.
+    pub memory: Arc<File>,
+    /// Where it lies.
+    pub dir: PathBuf,
+}
+
+impl Stored {
+    /// Opens a snapshot's directory and refuses it if this host cannot run it.
+    ///
+    /// # Errors
+    /// What is wrong with it, before a VM exists.
+    pub fn open(dir: &Path) -> Result<Self, SnapshotError> {
+        let path = dir.join(STATE_FILE);
+        let bytes = std::fs::read(&path).map_err(SnapshotError::io(&path))?;
+        let corrupt = |reason: String| SnapshotError::Corrupt { path: path.clone(), reason };
+        let parts = format::parse(&bytes).map_err(|e| corrupt(e.to_string()))?;
+        // First the record alone: a snapshot of another version is refused for that, not for what it looks like.
+        let compat = parts.compat().map_err(|e| corrupt(e.to_string()))?;
+        compat.check(&Compat::host())?;
+        let machine = parts.machine().map_err(|e| corrupt(e.to_string()))?;
+        if machine.vcpus.len() != usize::from(compat.vcpus) {
+            return Err(corrupt(format!("{} vCPU states, not {}", machine.vcpus.len(), compat.vcpus)));
+        }
+        let memory_path = dir.join(MEMORY_FILE);
+        let memory = Arc::new(File::open(&memory_path).map_err(SnapshotError::io(&memory_path))?);
+        let bytes = memory.metadata().map_err(SnapshotError::io(&memory_path))?.len();
+        if bytes != compat.mem_mib << 20 {
+            let reason = format!("its memory image has {bytes} bytes, not {}", compat.mem_mib << 20);
+            return Err(corrupt(reason));
+        }
+        Ok(Self { snapshot: Snapshot { compat, machine }, memory, dir: dir.to_owned() })
+    }
+
+    /// Reads the whole memory image and compares it with its digest: once per process is enough, 10 GB/s from the page cache.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Corrupt`] naming the file.
+    pub fn verify_memory(&self) -> Result<(), SnapshotError> {
+        let path = self.dir.join(MEMORY_FILE);
+        let found = digest_memory(&self.memory).map_err(SnapshotError::io(&path))?;
+        if found == self.snapshot.compat.memory {
+            return Ok(());
+        }
+        let reason = format!("its memory image is {found}, recorded is {}", self.snapshot.compat.memory);
+        Err(SnapshotError::Corrupt { path, reason })
+    }
+}
+
+impl Snapshot {
+    /// Writes the state file into `dir`; the memory image is there already. Nothing is fsync'ed here: whoever publishes
+    /// the directory does that.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Io`].
+    pub fn write_state(&self, dir: &Path) -> Result<(), SnapshotError> {
+        let path = dir.join(STATE_FILE);
+        let bytes = format::encode(self)
+            .map_err(|e| SnapshotError::Corrupt { path: path.clone(), reason: e.to_string() })?;
+        std::fs::write(&path, bytes).map_err(SnapshotError::io(&path))
+    }
+}

@@ -1,0 +1,94 @@
+//! Capture: a paused microVM's state as plain data.
+
+use super::MicroVm;
+use super::shared::Shared;
+use crate::VmmError;
+use crate::agent::Agent;
+use crate::event_loop;
+use crate::snapshot::{Compat, MachineState, Snapshot, SnapshotError, digest_memory};
+use crate::vcpu_state::VcpuSnapshot;
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
+use std::fs::File;
+use std::path::Path;
+
+/// A microVM that stands still: its vCPUs are parked and its event loop holds no operation. It goes on when this is
+/// dropped.
+pub struct Paused<'a> {
+    microvm: &'a MicroVm,
+    vcpus: Vec<VcpuSnapshot>,
+    // Dropped before the gate opens.
+    devices: Option<event_loop::Paused>,
+    _gate: OpenOnDrop<'a>,
+}
+
+/// The gate opens again on every way out.
+struct OpenOnDrop<'a>(&'a Shared);
+
+impl Drop for OpenOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.open();
+    }
+}
+
+impl MicroVm {
+    /// Stops the vCPUs, then the devices. The guest goes on when the guard is dropped.
+    ///
+    /// # Errors
+    /// [`VmmError::Stopped`] if the guest has ended; otherwise the guest goes on.
+    pub fn pause(&self) -> Result<Paused<'_>, VmmError> {
+        let gate = OpenOnDrop(&self.shared);
+        // vCPUs first: they are what gives the devices work.
+        let vcpus = self.shared.close(self.vcpus)?;
+        let devices = self.event_loop.pause()?;
+        Ok(Paused { microvm: self, vcpus, devices: Some(devices), _gate: gate })
+    }
+
+    /// Ends the microVM and makes what it was a snapshot in `dir`, where `memory` is the image that it was booted into
+    /// ([`MicroVm::boot_into`]): nothing is copied.
+    ///
+    /// # Errors
+    /// What could not be captured or written. The microVM is gone either way.
+    pub fn freeze(self, agent: &Agent, memory: &File, dir: &Path) -> Result<(), VmmError> {
+        let machine = self.pause()?.capture(Some(agent))?;
+        let (vcpus, mem_mib, disks_bytes) = (self.vcpus, self.mem_mib, self.disks_bytes.clone());
+        // No thread of it may write its memory any more.
+        drop(self);
+        let image = dir.join(crate::snapshot::MEMORY_FILE);
+        let digest = digest_memory(memory).map_err(SnapshotError::io(&image))?;
+        let tsc_khz = machine.vcpus.first().map_or(0, VcpuSnapshot::tsc_khz);
+        let compat = Compat { tsc_khz, vcpus, mem_mib, disks_bytes, memory: digest, ..Compat::host() };
+        Ok(Snapshot { compat, machine }.write_state(dir)?)
+    }
+}
+
+impl Paused<'_> {
+    /// Everything but memory and disks. The interrupt controllers come last: settling the devices may have raised interrupts.
+    ///
+    /// # Errors
+    /// What KVM or the agent's connection refused.
+    pub fn capture(&self, agent: Option<&Agent>) -> Result<MachineState, VmmError> {
+        let vm = &self.microvm.vm;
+        let irqchips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]
+            .into_iter()
+            .map(|chip_id| {
+                let mut chip = kvm_irqchip { chip_id, ..Default::default() };
+                vm.get_irqchip(&mut chip).map_err(VmmError::kvm("GET_IRQCHIP"))?;
+                Ok(chip)
+            })
+            .collect::<Result<_, VmmError>>()?;
+        let agent = agent.map(Agent::state).transpose().map_err(|e| VmmError::Agent(e.to_string()))?;
+        Ok(MachineState {
+            vcpus: self.vcpus.clone(),
+            irqchips,
+            clock: vm.get_clock().map_err(VmmError::kvm("GET_CLOCK"))?,
+            devices: self.devices.as_ref().map(|paused| paused.states().to_vec()).unwrap_or_default(),
+            agent: agent.unwrap_or_default(),
+        })
+    }
+}
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        self.devices = None;
+    }
+}

@@ -1,0 +1,408 @@
+//! A microVM: assembled from a checked configuration, then booted or restored, run by its vCPU threads and event loop, gone
+//! when dropped.
+//!
+//! `VmConfig::check` refuses bad input before anything is spent; [`MicroVm`] is assembled in the one order that
+//! works (the reasons stand at the steps); dropping it ends every thread and closes every descriptor.
+
+mod capture;
+mod config;
+mod shared;
+
+pub use config::{CheckedConfig, DiskConfig, MAX_VCPUS, VmConfig, check_size, open_kvm};
+pub(crate) use shared::Shared;
+use shared::lock;
+pub use shared::{Stages, StopReason};
+
+use crate::VmmError;
+use crate::agent::{AGENT_PORT, Agent, AgentError, Boot, Identity};
+use crate::arch::{boot, cmdline, layout, mptable};
+use crate::assist::{Counters, HostCpu};
+use crate::devices::mmio::State as DeviceState;
+use crate::devices::{DevicesConfig, Disk, Interrupt};
+use crate::doorbell;
+use crate::event_loop::{self, Bus, LoopHandle};
+use crate::host::KvmKind;
+use crate::memory::{self, GuestMemory};
+use crate::profile::Samples;
+use crate::snapshot::{AgentState, Compat, Stored};
+use crate::stats;
+use crate::sys::kvm as raw;
+use crate::vcpu::{self, Vcpu};
+use crate::vcpu_state;
+use kvm_bindings::kvm_clock_data;
+use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use linux_loader::loader::{Elf, KernelLoader};
+use std::fs::File;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use vm_memory::GuestAddress;
+
+/// Raises the guest's interrupt lines. All virtio lines are edge-triggered (see the MultiProcessor table),
+/// so a pulse is an interrupt; no irqfd needs registering, and a fork has none to rebuild.
+struct IrqLines {
+    vm: Arc<VmFd>,
+}
+
+impl Interrupt for IrqLines {
+    fn raise(&self, gsi: u32) {
+        // An error here would mean that the VM is gone, and its guest with it.
+        let _ = self.vm.set_irq_line(gsi, true).and_then(|()| self.vm.set_irq_line(gsi, false));
+    }
+}
+
+/// A running microVM.
+pub struct MicroVm {
+    shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+    sampler: Option<JoinHandle<()>>,
+    event_loop: Arc<LoopHandle>,
+    agents: Mutex<Receiver<UnixStream>>,
+    /// Where a snapshot's conversation with the agent stood, until somebody takes it up.
+    conversation: Mutex<Option<AgentState>>,
+    stages: Stages,
+    statistics: Vec<File>,
+    vcpus: u8,
+    mem_mib: u64,
+    disks_bytes: Vec<u64>,
+    // Dropped last: KVM must never see its memory unmapped.
+    vm: Arc<VmFd>,
+    _mem: GuestMemory,
+}
+
+/// The KVM objects of a microVM: memory, interrupt controllers and vCPUs, in their power-on state.
+struct Machine {
+    vm: Arc<VmFd>,
+    mem: GuestMemory,
+    vcpus: Vec<VcpuFd>,
+    msrs: &'static [u32],
+    start: Instant,
+}
+
+impl Machine {
+    fn build(kvm: &Kvm, mem: GuestMemory, vcpus: u8, start: Instant) -> Result<Self, VmmError> {
+        let vm = Arc::new(create_vm(kvm)?);
+        // Memslots first, registrations on KVM's I/O bus (the irqchip) after: the other way round each memslot
+        // waits for a grace period, 7.5 ms where it was measured.
+        raw::register_memslots(&vm, &mem)?;
+        // Intel VT-x wants its real-mode pages placed before any vCPU; elsewhere the call does nothing.
+        vm.set_tss_address(layout::KVM_TSS).map_err(VmmError::kvm("SET_TSS_ADDR"))?;
+        vm.create_irq_chip().map_err(VmmError::kvm("CREATE_IRQCHIP"))?;
+        let cpuid = vcpu::supported_cpuid(kvm)?;
+        let create = |index| vcpu::create(&vm, index, &cpuid, vcpus);
+        let vcpus = (0..vcpus).map(create).collect::<Result<Vec<_>, _>>()?;
+        let msrs = vcpu_state::saved_msrs(kvm, &vcpus[0])?;
+        Ok(Self { vm, mem, vcpus, msrs, start })
+    }
+}
+
+/// How the devices of a microVM begin.
+struct Begin {
+    disks: Vec<Disk>,
+    states: Vec<DeviceState>,
+    shared: Arc<Shared>,
+}
+
+impl MicroVm {
+    /// Builds the microVM, loads its kernel, and starts its vCPUs.
+    ///
+    /// # Errors
+    /// What could not be built; nothing is left behind then.
+    pub fn boot(checked: CheckedConfig) -> Result<Self, VmmError> {
+        let mem = memory::allocate(checked.mem_mib())?;
+        Self::boot_in(checked, mem)
+    }
+
+    /// As [`MicroVm::boot`], with `image` as its memory: what the guest writes is in that file, ready to be a template's.
+    ///
+    /// # Errors
+    /// As [`MicroVm::boot`].
+    pub fn boot_into(checked: CheckedConfig, image: &Arc<File>) -> Result<Self, VmmError> {
+        let mem = memory::map_shared(checked.mem_mib(), image)?;
+        Self::boot_in(checked, mem)
+    }
+
+    fn boot_in(checked: CheckedConfig, mem: GuestMemory) -> Result<Self, VmmError> {
+        let start = Instant::now();
+        let CheckedConfig { config, vcpus, mut kernel, disks, kvm } = checked;
+        let machine = Machine::build(&kvm, mem, vcpus, start)?;
+        let entry = load_kernel(&machine.mem, &mut kernel, &config.kernel)?;
+        for (index, fd) in machine.vcpus.iter().enumerate() {
+            vcpu::set_boot_state(fd, index == 0, entry)?;
+        }
+        let shared = Arc::new(Shared::new(config.verbose, config.profile.is_some()));
+        let mem = machine.mem.clone();
+        let (microvm, bus) = Self::assemble(machine, Begin { disks, states: Vec::new(), shared })?;
+        let (kind, devices) = (KvmKind::detect(), bus.kernel_cmdline());
+        let line = cmdline::build(kind, config.verbose, &devices, &config.kernel_parameters)?;
+        boot::write_boot_structures(&mem, &line)?;
+        mptable::write(&mem, vcpus)?;
+        microvm.start_sampling(config.profile)
+    }
+
+    /// Restores a snapshot as a new microVM with these disks. It is complete, and stands still until [`MicroVm::run`].
+    ///
+    /// # Errors
+    /// What does not fit this host or could not be built; nothing is left behind then.
+    pub fn restore(stored: &Stored, disks: Vec<Disk>, kvm: &Kvm) -> Result<Self, VmmError> {
+        let start = Instant::now();
+        let mem = memory::map_private(stored.snapshot.compat.mem_mib, &stored.memory)?;
+        Self::restore_in(&stored.snapshot.compat, &stored.snapshot.machine, disks, kvm, mem, start)
+    }
+
+    fn restore_in(
+        compat: &Compat,
+        state: &crate::snapshot::MachineState,
+        disks: Vec<Disk>,
+        kvm: &Kvm,
+        mem: GuestMemory,
+        start: Instant,
+    ) -> Result<Self, VmmError> {
+        let machine = Machine::build(kvm, mem, compat.vcpus, start)?;
+        let mut area = raw::XsaveArea::new(&machine.vm);
+        for (fd, vcpu) in machine.vcpus.iter().zip(&state.vcpus) {
+            compat.check_tsc(fd.get_tsc_khz().unwrap_or(0))?;
+            vcpu.restore(fd, &mut area)?;
+        }
+        // Before the devices, whose first act may be an interrupt.
+        for chip in &state.irqchips {
+            machine.vm.set_irqchip(chip).map_err(VmmError::kvm("SET_IRQCHIP"))?;
+        }
+        let clock = kvm_clock_data { clock: state.clock.clock, ..Default::default() };
+        machine.vm.set_clock(&clock).map_err(VmmError::kvm("SET_CLOCK"))?;
+        let shared = Arc::new(Shared::new(false, false));
+        let (microvm, _) = Self::assemble(machine, Begin { disks, states: state.devices.clone(), shared })?;
+        *lock(&microvm.conversation) = Some(state.agent.clone());
+        Ok(microvm)
+    }
+
+    /// Devices, event loop and threads around the KVM objects; the gate is closed.
+    fn assemble(machine: Machine, begin: Begin) -> Result<(Self, Arc<Bus>), VmmError> {
+        let Machine { vm, mem, vcpus: fds, msrs, start } = machine;
+        let Begin { disks, states, shared } = begin;
+        let disks_bytes = disks.iter().map(|disk| disk.file.metadata().map_or(0, |m| m.len())).collect();
+        let devices =
+            DevicesConfig { disks, mmio_base: layout::VIRTIO_MMIO, first_gsi: layout::FIRST_GSI, states };
+        let lines = Arc::new(IrqLines { vm: Arc::clone(&vm) });
+        let (bus, event_loop) = event_loop::start(devices, mem.clone(), lines)?;
+        let event_loop = Arc::new(event_loop);
+        let agents = event_loop
+            .listen(AGENT_PORT)
+            .map_err(|source| VmmError::Os { what: "cannot listen for the agent", source })?;
+        let statistics = fds.iter().filter_map(|fd| raw::stats_fd(fd).ok()).collect();
+        let host = Arc::new(HostCpu::detect());
+        let stages = Stages { start, built: Instant::now(), entered: None, first_exit: None };
+        let mut microvm = Self {
+            shared: Arc::clone(&shared),
+            threads: Vec::new(),
+            sampler: None,
+            agents: Mutex::new(agents),
+            conversation: Mutex::new(None),
+            event_loop,
+            stages,
+            statistics,
+            // At most MAX_VCPUS.
+            vcpus: fds.len() as u8,
+            mem_mib: memory::mib(&mem),
+            disks_bytes,
+            vm: Arc::clone(&vm),
+            _mem: mem.clone(),
+        };
+        let stopper = Arc::clone(&microvm.event_loop);
+        *lock(&shared.on_stop) = Some(Box::new(move || stopper.stop()));
+        for (index, fd) in (0..).zip(fds) {
+            let vcpu = Vcpu {
+                fd,
+                index,
+                shared: Arc::clone(&shared),
+                bus: Arc::clone(&bus),
+                mem: mem.clone(),
+                xsave: raw::XsaveArea::new(&vm),
+                host: Arc::clone(&host),
+                msrs,
+            };
+            microvm.threads.push(spawn(format!("vcpu{index}"), move || vcpu.run())?);
+        }
+        Ok((microvm, bus))
+    }
+
+    fn start_sampling(mut self, interval: Option<Duration>) -> Result<Self, VmmError> {
+        if let Some(interval) = interval {
+            self.sampler = Some(start_sampler(Arc::clone(&self.shared), interval)?);
+        }
+        self.run();
+        Ok(self)
+    }
+
+    /// Lets a restored microVM go.
+    pub fn run(&self) {
+        self.shared.open();
+    }
+
+    /// The event loop's handle: vsock connections are made through it.
+    #[must_use]
+    pub fn event_loop(&self) -> &LoopHandle {
+        &self.event_loop
+    }
+
+    /// Waits for the guest's agent, and tells it who and when it is. Nothing runs in the guest before that.
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] if the guest stopped first, [`AgentError::Timeout`] after `timeout`.
+    pub fn connect_agent(&self, timeout: Duration) -> Result<(Agent, Boot), AgentError> {
+        let (mut agent, boot) = self.greet_agent(timeout)?;
+        agent.adopt(&Identity::fresh().map_err(AgentError::Io)?)?;
+        Ok((agent, boot))
+    }
+
+    /// Takes up a restored microVM's conversation with its agent, and tells the guest who it is now. The frame is in the
+    /// guest's queue before the guest runs; nothing else is served before it is acknowledged.
+    ///
+    /// # Errors
+    /// [`AgentError::Closed`] if the snapshot had no conversation or the guest stopped first, [`AgentError::Timeout`] after `timeout`.
+    pub fn adopt(&self, identity: &Identity, timeout: Duration) -> Result<Agent, AgentError> {
+        let saved = lock(&self.conversation).take().ok_or(AgentError::Closed)?;
+        let socket = self.event_loop.restored_connection(AGENT_PORT).ok_or(AgentError::Closed)?;
+        let mut agent = Agent::resume(socket, &saved)?;
+        agent.set_timeout(Some(timeout))?;
+        agent.begin_adopt(identity)?;
+        self.run();
+        agent.end_adopt()?;
+        agent.set_timeout(None)?;
+        Ok(agent)
+    }
+
+    fn greet_agent(&self, timeout: Duration) -> Result<(Agent, Boot), AgentError> {
+        let socket = lock(&self.agents).recv_timeout(timeout).map_err(|e| match e {
+            RecvTimeoutError::Timeout => AgentError::Timeout(timeout),
+            RecvTimeoutError::Disconnected => AgentError::Closed,
+        })?;
+        Agent::greet(socket, timeout)
+    }
+
+    /// Ends the guest. The reason given first stays.
+    pub fn stop(&self) {
+        self.shared.stop(StopReason::Requested);
+    }
+
+    /// Why it stopped, or `None` while it runs.
+    #[must_use]
+    pub fn stop_reason(&self) -> Option<StopReason> {
+        lock(&self.shared.reason).clone()
+    }
+
+    /// Waits until it stops, `timeout` at most.
+    #[must_use]
+    pub fn wait(&self, timeout: Duration) -> Option<StopReason> {
+        let guard = lock(&self.shared.reason);
+        let (guard, _) = self
+            .shared
+            .stopped
+            .wait_timeout_while(guard, timeout, |reason| reason.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        guard.clone()
+    }
+
+    /// The guest's console so far, its last [`crate::console::RING_BYTES`] bytes.
+    #[must_use]
+    pub fn console_text(&self) -> String {
+        self.shared.console().text()
+    }
+
+    /// The stages of its boot.
+    #[must_use]
+    pub fn stages(&self) -> Stages {
+        let (entered, first_exit) = (*lock(&self.shared.entered), *lock(&self.shared.first_exit));
+        Stages { entered, first_exit, ..self.stages }
+    }
+
+    /// Instructions that the assist did, by kind.
+    #[must_use]
+    pub fn assists(&self) -> Counters {
+        lock(&self.shared.assists).clone()
+    }
+
+    /// How often the guest rang the bulk-memory doorbell, and for how much.
+    #[must_use]
+    pub fn doorbell(&self) -> doorbell::Counters {
+        *lock(&self.shared.doorbell)
+    }
+
+    /// Guest instructions that KVM emulated so far, all vCPUs; `None` where KVM does not count them.
+    #[must_use]
+    pub fn emulated_instructions(&self) -> Option<u64> {
+        self.statistics.iter().map(|fd| stats::read(fd, stats::INSTRUCTIONS_EMULATED)).sum()
+    }
+
+    /// VM exits so far, all vCPUs; `None` where KVM does not count them.
+    #[must_use]
+    pub fn exits(&self) -> Option<u64> {
+        self.statistics.iter().map(|fd| stats::read(fd, stats::EXITS)).sum()
+    }
+
+    /// Counters of the devices.
+    #[must_use]
+    pub fn device_stats(&self) -> crate::devices::Stats {
+        self.event_loop.stats()
+    }
+
+    /// Samples of the guest's instruction pointer so far.
+    #[must_use]
+    pub fn samples(&self) -> Samples {
+        lock(&self.shared.samples).clone()
+    }
+}
+
+impl Drop for MicroVm {
+    fn drop(&mut self) {
+        self.shared.stop(StopReason::Requested);
+        if let Some(sampler) = self.sampler.take() {
+            let _ = sampler.join();
+        }
+        for thread in self.threads.drain(..) {
+            // A vCPU thread that panicked has nothing to say that its message did not.
+            let _ = thread.join();
+        }
+        // No thread is left to kick.
+        lock(&self.shared.vcpus).clear();
+    }
+}
+
+/// KVM_CREATE_VM starts a kernel thread and is interrupted by any signal meanwhile; trying again is right.
+fn create_vm(kvm: &Kvm) -> Result<VmFd, VmmError> {
+    loop {
+        match kvm.create_vm() {
+            Err(e) if e.errno() == libc::EINTR => {}
+            other => return other.map_err(VmmError::kvm("CREATE_VM")),
+        }
+    }
+}
+
+fn load_kernel(mem: &GuestMemory, kernel: &mut File, path: &Path) -> Result<u64, VmmError> {
+    let loaded = Elf::load(mem, None, kernel, Some(GuestAddress(layout::HIGH_MEMORY)));
+    loaded.map(|l| l.kernel_load.0).map_err(|e| VmmError::Kernel {
+        path: path.to_owned(),
+        reason: format!("{e}; it must be an uncompressed 64-bit vmlinux that fits the guest's memory"),
+    })
+}
+
+fn spawn(name: String, body: impl FnOnce() + Send + 'static) -> Result<JoinHandle<()>, VmmError> {
+    thread::Builder::new()
+        .name(name)
+        .spawn(body)
+        .map_err(|source| VmmError::Os { what: "cannot start a thread", source })
+}
+
+fn start_sampler(shared: Arc<Shared>, interval: Duration) -> Result<JoinHandle<()>, VmmError> {
+    spawn("sampler".to_owned(), move || {
+        while !shared.stopping() {
+            thread::sleep(interval);
+            if let Some(kick) = lock(&shared.vcpus).get(&0) {
+                kick.send();
+            }
+        }
+    })
+}

@@ -1,0 +1,218 @@
+//! What the vCPU threads and the microVM's owner share: the reason to stop, the gate at which they pause, the counters.
+
+use crate::VmmError;
+use crate::assist::{Counters, Op};
+use crate::console::Console;
+use crate::doorbell;
+use crate::profile::Samples;
+use crate::sys::kick::Kick;
+use crate::vcpu_state::VcpuSnapshot;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// Why a microVM stopped.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum StopReason {
+    /// Its owner ended it.
+    #[error("stopped by its owner")]
+    Requested,
+    /// The guest kernel panicked.
+    #[error("guest kernel panic: {0}")]
+    Panic(String),
+    /// The guest reset or powered itself off.
+    #[error("the guest reset itself")]
+    Reset,
+    /// The guest CPU met an exception it could not deliver.
+    #[error("guest triple fault at RIP {rip:#x}")]
+    TripleFault {
+        /// The instruction pointer then.
+        rip: u64,
+    },
+    /// KVM could not emulate an instruction, and neither could the assist.
+    #[error("guest emulation failure: {0}")]
+    Emulation(String),
+    /// The host's side failed.
+    #[error("host failure: {0}")]
+    Host(String),
+}
+
+/// Moments of a boot, on the host's monotonic clock.
+#[derive(Debug, Clone, Copy)]
+pub struct Stages {
+    /// The configuration was checked and building began.
+    pub start: Instant,
+    /// VM, memory, irqchip and devices exist and the kernel is in guest memory.
+    pub built: Instant,
+    /// The boot processor was about to enter the kernel.
+    pub entered: Option<Instant>,
+    /// The guest made its first VM exit.
+    pub first_exit: Option<Instant>,
+}
+
+/// Where vCPU threads pause.
+///
+/// ```text
+///   open --close, kick--> closed: each thread ends its exit, leaves its state, waits --open--> open
+/// ```
+///
+/// A new microVM's gate is closed: nothing runs before it is complete.
+struct Gate {
+    /// How often it was closed.
+    closings: u64,
+    /// States that the threads have left, by vCPU index.
+    parked: BTreeMap<u8, Result<VcpuSnapshot, VmmError>>,
+}
+
+/// What the vCPU threads and the owner share.
+pub(crate) struct Shared {
+    console: Mutex<Console>,
+    stopping: AtomicBool,
+    pub(super) reason: Mutex<Option<StopReason>>,
+    pub(super) stopped: Condvar,
+    closed: AtomicBool,
+    gate: Mutex<Gate>,
+    gate_moved: Condvar,
+    pub(super) vcpus: Mutex<BTreeMap<u8, Kick>>,
+    pub(super) assists: Mutex<Counters>,
+    pub(super) doorbell: Mutex<doorbell::Counters>,
+    pub(super) entered: Mutex<Option<Instant>>,
+    pub(super) first_exit: Mutex<Option<Instant>>,
+    sampling: AtomicBool,
+    pub(super) samples: Mutex<Samples>,
+    pub(super) on_stop: Mutex<Option<Box<dyn FnOnce() + Send>>>,
+}
+
+/// A panic while a lock is held leaves plain data behind it that is still good to read.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Shared {
+    pub(super) fn new(echo: bool, sampling: bool) -> Self {
+        Self {
+            console: Mutex::new(Console::new(echo)),
+            stopping: AtomicBool::new(false),
+            reason: Mutex::new(None),
+            stopped: Condvar::new(),
+            closed: AtomicBool::new(true),
+            gate: Mutex::new(Gate { closings: 0, parked: BTreeMap::new() }),
+            gate_moved: Condvar::new(),
+            vcpus: Mutex::new(BTreeMap::new()),
+            assists: Mutex::new(Counters::default()),
+            doorbell: Mutex::new(doorbell::Counters::default()),
+            entered: Mutex::new(None),
+            first_exit: Mutex::new(None),
+            sampling: AtomicBool::new(sampling),
+            samples: Mutex::new(Samples::default()),
+            on_stop: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn console(&self) -> MutexGuard<'_, Console> {
+        lock(&self.console)
+    }
+
+    pub(crate) fn register_vcpu(&self, index: u8, kick: Kick) {
+        lock(&self.vcpus).insert(index, kick);
+    }
+
+    pub(crate) fn note_entry(&self) {
+        lock(&self.entered).get_or_insert_with(Instant::now);
+    }
+
+    pub(crate) fn note_first_exit(&self) {
+        lock(&self.first_exit).get_or_insert_with(Instant::now);
+    }
+
+    /// Whether vCPU threads must come to the gate.
+    pub(crate) fn closed(&self) -> bool {
+        self.closed.load(Ordering::Acquire)
+    }
+
+    /// A vCPU thread waits here while the gate is closed, and leaves its state, once per closing. (Before the first closing
+    /// nobody has asked for it.)
+    pub(crate) fn park(&self, index: u8, mut capture: impl FnMut() -> Result<VcpuSnapshot, VmmError>) {
+        let mut gate = lock(&self.gate);
+        while self.closed() && !self.stopping() {
+            if gate.closings > 0 && !gate.parked.contains_key(&index) {
+                gate.parked.insert(index, capture());
+                self.gate_moved.notify_all();
+            }
+            gate = self.gate_moved.wait(gate).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Closes the gate and waits until all `vcpus` threads have left their states. Everybody else must keep from opening
+    /// it meanwhile.
+    ///
+    /// # Errors
+    /// The first state that could not be taken, or that the microVM has stopped.
+    pub(super) fn close(&self, vcpus: u8) -> Result<Vec<VcpuSnapshot>, VmmError> {
+        let mut gate = lock(&self.gate);
+        gate.closings += 1;
+        gate.parked.clear();
+        self.closed.store(true, Ordering::Release);
+        self.kick_all();
+        self.gate_moved.notify_all();
+        while gate.parked.len() < usize::from(vcpus) {
+            if self.stopping() {
+                return Err(VmmError::Stopped);
+            }
+            gate = self.gate_moved.wait(gate).unwrap_or_else(PoisonError::into_inner);
+        }
+        std::mem::take(&mut gate.parked).into_values().collect()
+    }
+
+    /// Opens the gate.
+    pub(super) fn open(&self) {
+        let _gate = lock(&self.gate);
+        self.closed.store(false, Ordering::Release);
+        self.gate_moved.notify_all();
+    }
+
+    pub(crate) fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn sampling(&self) -> bool {
+        self.sampling.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn sample(&self, kernel: bool, rip: u64) {
+        lock(&self.samples).add(kernel, rip);
+    }
+
+    pub(crate) fn count_assist(&self, op: Op) {
+        lock(&self.assists).count(op);
+    }
+
+    pub(crate) fn count_doorbell(&self, counters: &doorbell::Counters) {
+        lock(&self.doorbell).add(counters);
+    }
+
+    /// The guest pulled its reset line: a panic if the console says so.
+    pub(crate) fn reset_reason(&self) -> StopReason {
+        self.console().panic_reason().map_or(StopReason::Reset, StopReason::Panic)
+    }
+
+    /// Ends the microVM; the first reason given is the one kept.
+    pub(crate) fn stop(&self, reason: StopReason) {
+        lock(&self.reason).get_or_insert(reason);
+        self.stopping.store(true, Ordering::Release);
+        self.kick_all();
+        if let Some(on_stop) = lock(&self.on_stop).take() {
+            on_stop();
+        }
+        self.stopped.notify_all();
+        let _gate = lock(&self.gate);
+        self.gate_moved.notify_all();
+    }
+
+    pub(super) fn kick_all(&self) {
+        for kick in lock(&self.vcpus).values() {
+            kick.send();
+        }
+    }
+}
