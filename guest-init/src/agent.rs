@@ -13,7 +13,7 @@ use crate::outbox::{OUTBOX_BYTES, Outbox};
 use crate::ring::{Overflow, Ring};
 use crate::stream::{STREAMS_MAX, State, Stream};
 use crate::sys::{
-    self, ChildEvents, Epoll, Errno, Events, Fd, READABLE, Scratch, Socket, SpawnFailed, WRITABLE,
+    self, ChildEvents, Epoll, Errno, Events, Fd, Gate, READABLE, Scratch, Socket, SpawnFailed, WRITABLE,
 };
 use crate::text::Text;
 
@@ -92,6 +92,9 @@ struct Core<'m> {
     accept_due: bool,
     connection: Option<Connection>,
     outbox: Outbox<'m>,
+    gate: Option<Gate>,
+    /// The host wants the guest to stand still at the gate.
+    freeze_due: bool,
     /// The agent lets others finish first (`peregrine.batch=1`), and its children must not.
     patient: bool,
     scratch: &'m mut Scratch,
@@ -112,6 +115,7 @@ impl<'m> Agent<'m> {
         role: Role,
         entered_ns: u64,
         patient: bool,
+        gate: Option<Gate>,
     ) -> Result<Self, Errno> {
         let Memory { inbox, outbox, scratch, streams, rings } = memory;
         let null = Fd::null()?;
@@ -130,6 +134,8 @@ impl<'m> Agent<'m> {
             accept_due: false,
             connection: None,
             outbox: Outbox::new(outbox),
+            gate,
+            freeze_due: false,
             patient,
             scratch,
             streams,
@@ -193,6 +199,20 @@ impl<'m> Agent<'m> {
         self.core.reap();
         self.core.settle();
         self.core.flush();
+        self.freeze();
+    }
+
+    /// Stands at the gate, if the host has asked for it and has been sent everything.
+    fn freeze(&mut self) {
+        if !self.core.freeze_due || !self.core.outbox.pending().is_empty() {
+            return;
+        }
+        self.core.freeze_due = false;
+        if let Some(gate) = self.core.gate {
+            let len = gate.freeze(self.inbox.space());
+            self.inbox.filled(len);
+            self.core.frames_waiting |= len > 0;
+        }
     }
 
     fn accept(&mut self) {
@@ -465,6 +485,7 @@ impl Core<'_> {
                 self.outbox.put(0, &ToHost::Pong { nonce });
             }
             ToGuest::Adopt(adopt) => self.adopt(&adopt),
+            ToGuest::Freeze => self.freeze_due = self.gate.is_some(),
             ToGuest::Shutdown => match self.role {
                 Role::Init => sys::reboot(),
                 Role::Hosted => self.end_hosted(),

@@ -40,6 +40,11 @@
 //! survivor with `Started` and [`STARTED_RESUMED`]; such a stream begins with *no* credit either way, so
 //! a host grants `Window` if it wants the output, and the agent grants `StdinWindow` for the room it has.
 //!
+//! **Freezing.** `Freeze` is answered by no frame: once all it has to say is sent, the agent writes
+//! [`GATE_FREEZE`] to [`GATE_REGISTER`], and every clone of the guest begins behind that instruction. It then
+//! reads the register and takes as many bytes of frames from the mailbox, before any from its connection. A guest that
+//! cannot reach the register (a kernel without /dev/mem) goes on, and the host gives up waiting.
+//!
 //! **Errors.** A frame that cannot be understood is answered with `Error` and the connection is
 //! closed; commands go on.
 #![no_std]
@@ -67,6 +72,16 @@ pub const INITIAL_WINDOW_BYTES: u32 = 256 * 1024;
 pub const HOST_CID: u32 = 2;
 /// The vsock port of both: the agent connects to it on the host, and listens on it in the guest.
 pub const AGENT_PORT: u32 = 1024;
+
+/// Guest-physical address of the gate's register: a page of its own, where there is no RAM. Writing
+/// [`GATE_FREEZE`] to it stops a guest that was asked to freeze; reading it gives the bytes in the mailbox.
+pub const GATE_REGISTER: u64 = 0xd00f_f000;
+/// What the agent writes to [`GATE_REGISTER`].
+pub const GATE_FREEZE: u32 = 1;
+/// Guest-physical address of the mailbox: RAM that the kernel is told to leave alone.
+pub const GATE_MAILBOX: u64 = 0x5_0000;
+/// Size of the mailbox, a multiple of the page size. What the host leaves there are whole frames.
+pub const GATE_MAILBOX_BYTES: usize = 64 * 1024;
 
 /// Most bytes of a text in `ExecFailed` and `Error`.
 pub const TEXT_MAX_BYTES: usize = 256;

@@ -26,7 +26,7 @@ use core::ffi::CStr;
 
 use agent::{Agent, Memory, Role};
 use guest_init::AGENT_PORT;
-use sys::{Arguments, Errno, Fd, Socket, TakeOnce};
+use sys::{Arguments, Errno, Fd, Gate, Socket, TakeOnce};
 use text::Text;
 
 /// All the memory the agent will ever use besides its stack; zero, so it is not in the file.
@@ -43,7 +43,7 @@ fn enter(arguments: Arguments) -> ! {
                 fail("enter /", Some(errno));
             }
             let patient = false;
-            let mut agent = start(memory, Role::Hosted, entered_ns, patient);
+            let mut agent = start(memory, Role::Hosted, entered_ns, patient, None);
             agent.connected(connection);
             if let Some(listener) = listener {
                 agent.listen_on(listener);
@@ -55,7 +55,8 @@ fn enter(arguments: Arguments) -> ! {
                 Ok(wishes) => wishes,
                 Err(failed) => fail(failed.step, Some(failed.errno)),
             };
-            let mut agent = start(memory, Role::Init, entered_ns, wishes.patient);
+            let gate = Gate::open().ok();
+            let mut agent = start(memory, Role::Init, entered_ns, wishes.patient, gate);
             // The host listens before it starts us. If it is gone, later connections are what is left.
             if let Ok(socket) = Socket::connect(AGENT_PORT) {
                 agent.connected(socket);
@@ -73,8 +74,14 @@ fn enter(arguments: Arguments) -> ! {
     }
 }
 
-fn start(memory: &'static mut Memory, role: Role, entered_ns: u64, patient: bool) -> Agent<'static> {
-    match Agent::new(memory, role, entered_ns, patient) {
+fn start(
+    memory: &'static mut Memory,
+    role: Role,
+    entered_ns: u64,
+    patient: bool,
+    gate: Option<Gate>,
+) -> Agent<'static> {
+    match Agent::new(memory, role, entered_ns, patient, gate) {
         Ok(agent) => agent,
         Err(errno) => fail("make the event loop", Some(errno)),
     }

@@ -64,6 +64,7 @@ fn the_bytes_to_the_guest_are_these() {
         (ToGuest::Shutdown, "080000000700000000000000"),
         (ToGuest::Adopt(adopt), "090000000700000011000000887766554433221103000200aabbcc766d"),
         (ToGuest::Close, "0a0000000700000000000000"),
+        (ToGuest::Freeze, "0b0000000700000000000000"),
     ];
     for (message, bytes) in cases {
         assert_eq!(hex(&to_guest(7, &message)), bytes, "{message:?}");

@@ -8,6 +8,7 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("the agent knows the system call conventions of x86-64 Linux only");
 
+mod gate;
 mod io;
 mod once;
 mod process;
@@ -20,6 +21,7 @@ mod terminal;
 
 use core::num::NonZeroU32;
 
+pub(crate) use gate::Gate;
 pub(crate) use io::{Epoll, Events, READABLE, Ready, WRITABLE, pipe};
 pub(crate) use once::TakeOnce;
 pub(crate) use process::{ChildEvents, exit, kill_group, kill_if_alive, reap, usage_us};

@@ -48,6 +48,8 @@ kinds! {
     Adopt = 0x09,
     /// The host wants no more of a command's output: discard it, and still report the exit.
     Close = 0x0a,
+    /// Stop at the gate, to be cloned.
+    Freeze = 0x0b,
     /// First frame of a connection.
     Hello = 0x81,
     /// A command runs.

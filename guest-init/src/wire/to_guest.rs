@@ -48,6 +48,8 @@ pub enum ToGuest<'a> {
     Adopt(Adopt<'a>),
     /// Discard its further output.
     Close,
+    /// Stop at the gate.
+    Freeze,
 }
 
 /// A command to start, as it lies in its frame.
@@ -193,6 +195,7 @@ impl<'a> ToGuest<'a> {
             Kind::Shutdown => ToGuest::Shutdown,
             Kind::Adopt => ToGuest::Adopt(Adopt::parse(&mut reader)?),
             Kind::Close => ToGuest::Close,
+            Kind::Freeze => ToGuest::Freeze,
             _ => return Err(WireError::WrongDirection { kind }),
         };
         reader.finish()?;
@@ -213,6 +216,7 @@ impl<'a> ToGuest<'a> {
             ToGuest::Shutdown => Kind::Shutdown,
             ToGuest::Adopt(_) => Kind::Adopt,
             ToGuest::Close => Kind::Close,
+            ToGuest::Freeze => Kind::Freeze,
         }
     }
 
@@ -235,7 +239,7 @@ impl<'a> ToGuest<'a> {
             ToGuest::Window { bytes } => writer.u32(*bytes)?,
             ToGuest::Ping { nonce } => writer.u64(*nonce)?,
             ToGuest::Adopt(adopt) => adopt.write(&mut writer)?,
-            ToGuest::StdinEof | ToGuest::Shutdown | ToGuest::Close => {}
+            ToGuest::StdinEof | ToGuest::Shutdown | ToGuest::Close | ToGuest::Freeze => {}
         }
         writer.finish(self.kind(), flags, stream)
     }

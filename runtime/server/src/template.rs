@@ -28,8 +28,10 @@ const IDLE_INSTRUCTIONS: u64 = 2_000;
 const IDLE_LOOK: Duration = Duration::from_millis(100);
 /// A guest that never rests is frozen after this all the same.
 const IDLE_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a guest at rest may take to its freeze point.
+const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bumped when the way templates are made changes.
-const RECIPE: &str = "2";
+const RECIPE: &str = "6";
 
 /// Why there is no template.
 #[derive(Debug, thiserror::Error)]
@@ -122,9 +124,8 @@ fn make(config: &VmConfig, out: &Path, progress: &mut dyn Progress) -> Result<Ve
         progress.advance(2 + done as u64);
     }
     agent.set_timeout(None).map_err(|e| guest(&vm, e))?;
-    // A pause gives the guest back what its devices hold, and an interrupt with it: better here than in every clone.
-    drop(vm.pause()?);
     rest(&vm);
+    vm.freeze_point(&agent, FREEZE_TIMEOUT).map_err(|e| guest(&vm, e))?;
     vm.freeze(&agent, &image, out)?;
     progress.advance(steps);
     progress.end();

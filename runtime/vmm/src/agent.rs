@@ -266,19 +266,27 @@ impl Agent {
     /// # Errors
     /// [`AgentError::Refused`] naming what the guest could not do.
     pub fn adopt(&mut self, identity: &Identity) -> Result<(), AgentError> {
-        self.begin_adopt(identity)?;
+        self.send_frame(&Self::adopt_frame(identity)?)?;
         self.end_adopt()
     }
 
-    /// Sends the new identity.
-    pub(crate) fn begin_adopt(&self, identity: &Identity) -> Result<(), AgentError> {
+    /// Sends a frame that is encoded already.
+    pub(crate) fn send_frame(&self, frame: &[u8]) -> Result<(), AgentError> {
+        self.writer.write(frame)
+    }
+
+    /// The new identity as a frame.
+    pub(crate) fn adopt_frame(identity: &Identity) -> Result<Vec<u8>, AgentError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let adopt = Adopt {
             entropy: &identity.entropy,
             wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             hostname: identity.hostname.as_bytes(),
         };
-        self.writer.send(0, &ToGuest::Adopt(adopt))
+        let mut frame = vec![0; 1024];
+        let len = ToGuest::Adopt(adopt).encode(0, &mut frame)?;
+        frame.truncate(len);
+        Ok(frame)
     }
 
     /// Waits until the guest has taken it.

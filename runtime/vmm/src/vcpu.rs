@@ -4,7 +4,7 @@
 //! anything but KVM_RUN, nor know what the guest is for.
 
 use crate::VmmError;
-use crate::arch::boot;
+use crate::arch::{boot, layout};
 use crate::assist::{self, HostCpu};
 use crate::assist_state::{VcpuState, share_registers};
 use crate::console::Console;
@@ -15,6 +15,7 @@ use crate::memory::GuestMemory;
 use crate::sys::{kick, kvm as raw};
 use crate::vcpu_state::VcpuSnapshot;
 use crate::vm::{Shared, StopReason};
+use guest_init::GATE_FREEZE;
 use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use std::sync::Arc;
@@ -213,6 +214,18 @@ impl Vcpu {
                 } else {
                     // An absent device floats high, except the keyboard controller, which is idle.
                     data.fill(if port == RESET_PORT { 0 } else { 0xff });
+                }
+                Next::Run
+            }
+            Ok(VcpuExit::MmioRead(layout::GATE_REGISTER, data)) => {
+                let bytes = self.shared.take_mailbox().to_le_bytes();
+                data.fill(0);
+                data.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+                Next::Run
+            }
+            Ok(VcpuExit::MmioWrite(layout::GATE_REGISTER, data)) => {
+                if data == GATE_FREEZE.to_le_bytes() {
+                    self.shared.freeze();
                 }
                 Next::Run
             }

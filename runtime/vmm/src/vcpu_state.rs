@@ -68,7 +68,7 @@ impl VcpuSnapshot {
     /// 1. SREGS: the APIC's base and mode, CR4 and EFER, which the rest is checked against.
     /// 2. XCRS before XSAVE: XCR0 says which components the image may have.
     /// 3. LAPIC before MSRs: TSC_DEADLINE is dropped unless the timer is in that mode.
-    /// 4. MSRs: all of them, or it is an error.
+    /// 4. MSRs: all of them, or it is an error; the timer's deadline last, moved by as much as the TSC is off.
     /// 5. REGS before VCPU_EVENTS: setting registers clears a pending exception.
     /// 6. MP_STATE last but one: a halted vCPU with all else in place.
     pub(crate) fn restore(&self, fd: &VcpuFd, area: &mut XsaveArea) -> Result<(), VmmError> {
@@ -85,11 +85,27 @@ impl VcpuSnapshot {
         bytes.copy_from_slice(&self.xsave);
         area.write(fd).map_err(|source| VmmError::Os { what: "KVM_SET_XSAVE", source })?;
         fd.set_lapic(&self.lapic).map_err(VmmError::kvm("SET_LAPIC"))?;
-        write_msrs(fd, &self.msrs)?;
+        self.restore_msrs(fd)?;
         fd.set_regs(&self.regs).map_err(VmmError::kvm("SET_REGS"))?;
         fd.set_vcpu_events(&self.events).map_err(VmmError::kvm("SET_VCPU_EVENTS"))?;
         fd.set_mp_state(self.mp_state).map_err(VmmError::kvm("SET_MP_STATE"))?;
         fd.set_debug_regs(&self.debugregs).map_err(VmmError::kvm("SET_DEBUGREGS"))
+    }
+}
+
+impl VcpuSnapshot {
+    /// Software KVM cannot offset the TSC: it takes the write and goes on with the host's. A deadline in the past would be an
+    /// interrupt at once in every clone, one in the future a timer that never fires.
+    fn restore_msrs(&self, fd: &VcpuFd) -> Result<(), VmmError> {
+        let saved = |wanted| self.msrs.iter().find(|(index, _)| *index == wanted).map(|(_, data)| *data);
+        let others: Vec<_> = self.msrs.iter().copied().filter(|(index, _)| *index != TSC_DEADLINE).collect();
+        write_msrs(fd, &others)?;
+        let (Some(tsc), Some(deadline)) = (saved(TSC), saved(TSC_DEADLINE).filter(|deadline| *deadline != 0))
+        else {
+            return Ok(());
+        };
+        let now = read_msrs(fd, &[TSC])?.first().map_or(tsc, |(_, data)| *data);
+        write_msrs(fd, &[(TSC_DEADLINE, deadline.wrapping_add(now.wrapping_sub(tsc)))])
     }
 }
 

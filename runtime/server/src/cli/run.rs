@@ -71,7 +71,7 @@ pub(crate) struct RunArgs {
     /// Boot the guest instead of restoring its template; implied by --console
     #[arg(long)]
     boot: bool,
-    /// Sample the guest kernel while it runs, from its boot on; write folded stacks for a flame graph
+    /// Sample the guest kernel while it runs (with --boot, from its first instruction on); write folded stacks for a flame graph
     #[arg(long, value_name = "FILE")]
     profile_guest: Option<PathBuf>,
     /// More kernel parameters
@@ -85,7 +85,7 @@ pub(crate) struct RunArgs {
 impl RunArgs {
     /// What is asked for can only be had of a guest that boots.
     fn boots(&self) -> bool {
-        self.boot || self.console || self.profile_guest.is_some()
+        self.boot || self.console
     }
 }
 
@@ -112,7 +112,11 @@ pub(crate) fn run(args: &RunArgs, cache: Option<PathBuf>) -> Result<u8, CliError
         let template = template::prepare(&artefacts.store, &config, progress::for_stderr().as_mut())?;
         let kvm = peregrine_vmm::vm::open_kvm()?;
         timing = Timing::new(begun.elapsed());
-        let vm = Arc::new(MicroVm::restore(&template, disks, &kvm)?);
+        let mut vm = MicroVm::restore(&template, disks, &kvm)?;
+        if let Some(interval) = config.profile {
+            vm.sample(interval)?;
+        }
+        let vm = Arc::new(vm);
         let agent = session::adopt(&vm, ADOPT_TIMEOUT, &mut timing);
         (vm, agent)
     };

@@ -41,8 +41,12 @@ fn write_zero_page(mem: &GuestMemory, command_line_len: usize) -> Result<(), Vmm
     params.hdr.kernel_alignment = 0x100_0000;
     params.hdr.cmd_line_ptr = layout::COMMAND_LINE as u32;
     params.hdr.cmdline_size = command_line_len as u32;
-    let mut map: Vec<(u64, u64, u32)> =
-        vec![(0, layout::EBDA, E820_RAM), (layout::EBDA, layout::HIGH_MEMORY - layout::EBDA, E820_RESERVED)];
+    let mut map: Vec<(u64, u64, u32)> = vec![
+        (0, layout::MAILBOX, E820_RAM),
+        (layout::MAILBOX, layout::MAILBOX_END - layout::MAILBOX, E820_RESERVED),
+        (layout::MAILBOX_END, layout::EBDA - layout::MAILBOX_END, E820_RAM),
+        (layout::EBDA, layout::HIGH_MEMORY - layout::EBDA, E820_RESERVED),
+    ];
     for region in mem.iter() {
         let start = region.start_addr().0.max(layout::HIGH_MEMORY);
         let end = region.start_addr().0 + region.len();

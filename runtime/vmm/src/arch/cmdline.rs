@@ -29,6 +29,11 @@ const ALWAYS: &[&str] = &[
 const SOFTWARE_KVM: &[&str] = &[
     // `syscall` arrives there as a fault in ring 3 at the entry point; our first kernel patch routes it.
     "syscall_by_fault",
+    // The TSC is the host's own there and cannot be offset: a restored guest's clock would make up for all the time since its
+    // template was frozen, second by second. kvm-clock goes on where it stood.
+    "clocksource=kvm-clock",
+    // KVM wakes all waiters for a host page on each restore; templates are in the page cache, so nobody waits.
+    "no-kvmapf",
     // A tick is 1.6 ms there: one each 50 ms while a CPU is busy.
     "tick_stretch=5",
     // Huge pages: a fault costs 2 ms whatever its size. The agent switches them on.
@@ -105,7 +110,9 @@ mod tests {
     fn hardware_kvm_keeps_every_cpu_feature() {
         let hardware = build(KvmKind::Hardware, false, "", "").unwrap();
         let software = build(KvmKind::Software, false, "", "").unwrap();
-        for word in ["clearcpuid", "syscall_by_fault", "bulk_memory", "tick_stretch", "rodata=off"] {
+        for word in
+            ["clearcpuid", "syscall_by_fault", "bulk_memory", "clocksource", "tick_stretch", "rodata=off"]
+        {
             assert!(!hardware.contains(word) && software.contains(word), "{word}");
         }
         assert!(software.contains("clearcpuid=151,150,141,"), "{software}");

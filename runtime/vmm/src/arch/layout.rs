@@ -28,6 +28,12 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 pub const DEVICE_HOLE: u64 = 0xd000_0000;
 /// Where RAM goes on above the device hole.
 pub const ABOVE_4G: u64 = 0x1_0000_0000;
+/// RAM that the guest kernel is told to leave alone: what a frozen guest finds when it goes on (see guest-init).
+pub const MAILBOX: u64 = guest_init::GATE_MAILBOX;
+/// End of [`MAILBOX`].
+pub const MAILBOX_END: u64 = MAILBOX + guest_init::GATE_MAILBOX_BYTES as u64;
+/// The gate's register, above all virtio-mmio windows there can be.
+pub const GATE_REGISTER: u64 = guest_init::GATE_REGISTER;
 /// First virtio-mmio register window; windows are 4 KiB apart.
 pub const VIRTIO_MMIO: u64 = DEVICE_HOLE;
 /// Interrupt line of the first virtio-mmio device (IRQ 0 to 4 are the ISA bus's own).
@@ -51,7 +57,8 @@ pub fn ram_ranges(bytes: u64) -> Vec<Range<u64>> {
 // The boot structures below 640 KiB must not overlap.
 const _: () = assert!(ZERO_PAGE + 0x1000 <= BOOT_STACK && BOOT_STACK < PML4);
 const _: () = assert!(PAGE_DIRECTORIES + 4 * 0x1000 <= COMMAND_LINE);
-const _: () = assert!(COMMAND_LINE + (COMMAND_LINE_MAX as u64) < EBDA);
+const _: () = assert!(COMMAND_LINE + (COMMAND_LINE_MAX as u64) <= MAILBOX && MAILBOX_END < EBDA);
+const _: () = assert!(MAILBOX % 4096 == 0 && MAILBOX_END % 4096 == 0 && GATE_REGISTER > VIRTIO_MMIO);
 
 #[cfg(test)]
 mod tests {

@@ -105,14 +105,8 @@ pub trait Device: Send {
     fn reset(&mut self, ops: &mut Vec<Op>);
     /// Operations that may still read or write guest memory.
     fn in_flight(&self) -> usize;
-    /// The open connections to save, for a device that has some.
-    fn streams(&self) -> std::io::Result<Vec<StreamState>> {
-        Ok(Vec::new())
-    }
-    /// Gives back what the device holds only to save interrupts; before a snapshot.
-    fn settle(&mut self, _host: &mut Host<'_>) -> Result<(), Fault> {
-        Ok(())
-    }
+    /// Puts into `state` what the device has to save beside its transport.
+    fn save(&self, _state: &mut State) {}
 }
 
 /// A completion as the device sees it.
@@ -150,6 +144,8 @@ pub struct State {
     pub interrupt_status: u32,
     /// Open connections of a vsock device.
     pub streams: Vec<StreamState>,
+    /// TX chains of a vsock device that it is done with and has not given back.
+    pub held: Vec<u16>,
 }
 
 /// A vsock connection: what the guest knows of it, and the bytes that are on their way.
@@ -322,8 +318,7 @@ impl<D: Device> Mmio<D> {
         Ok(Self { device, registers: state, queues, wiring, resetting: false, ops: Vec::new() })
     }
 
-    /// The plain data to save. Complete only while no operation is in flight and after
-    /// [`Mmio::settle`].
+    /// The plain data to save. Complete only while no operation is in flight.
     #[must_use]
     pub fn state(&self) -> State {
         let mut state = self.registers.clone();
@@ -333,8 +328,7 @@ impl<D: Device> Mmio<D> {
             }
         }
         state.interrupt_status = self.wiring.line.status();
-        // A connection that cannot be saved is closed in the restored guest.
-        state.streams = self.device.streams().unwrap_or_default();
+        self.device.save(&mut state);
         state
     }
 
@@ -592,13 +586,6 @@ impl<D: Device> Mmio<D> {
         let turn = self.with_device(|device, host| device.complete(done, host));
         self.finish_reset_when_drained();
         turn.unwrap_or(Turn::Idle)
-    }
-
-    /// Gives back what the device holds only to save interrupts.
-    pub fn settle(&mut self) {
-        if self.is_live() {
-            self.with_device(|device, host| device.settle(host));
-        }
     }
 
     /// Runs device code, then raises the interrupt if the driver wants one.

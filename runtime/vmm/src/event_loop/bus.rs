@@ -148,8 +148,7 @@ impl<D: Device> Port for Slot<D> {
     }
 
     fn settled_state(&self) -> Option<State> {
-        let mut mmio = self.lock();
-        mmio.settle();
+        let mmio = self.lock();
         (mmio.in_flight() == 0).then(|| mmio.state())
     }
 

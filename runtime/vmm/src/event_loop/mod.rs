@@ -88,7 +88,7 @@ pub fn start(
         build.add(device)?;
     }
     let (vsock, host_ends) = match build.states.front() {
-        Some(state) => Vsock::restored(&state.streams).map_err(DeviceError::EventLoop)?,
+        Some(state) => Vsock::restored(state).map_err(DeviceError::EventLoop)?,
         None => (Vsock::default(), Vec::new()),
     };
     let vsock = build.add(vsock)?;
@@ -345,7 +345,7 @@ impl LoopHandle {
 
     /// Waits for the I/O in flight, then holds the loop still until the guard is dropped.
     ///
-    /// The vCPUs must be paused before. This may raise interrupts, so it comes before the
+    /// The vCPUs must be paused before. I/O that ends here raises interrupts, so this comes before the
     /// interrupt controllers are saved; guest memory does not change while the guard lives.
     pub fn pause(&self) -> Result<Paused, DeviceError> {
         let (reply, answer) = channel();

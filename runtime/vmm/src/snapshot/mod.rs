@@ -76,6 +76,8 @@ pub struct MachineState {
     pub devices: Vec<DeviceState>,
     /// The host's end of the agent's connection.
     pub agent: AgentState,
+    /// The guest stands at its gate: it looks into the mailbox first.
+    pub at_gate: bool,
 }
 
 /// Where the host's conversation with the agent stands.

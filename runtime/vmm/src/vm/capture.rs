@@ -3,13 +3,16 @@
 use super::MicroVm;
 use super::shared::Shared;
 use crate::VmmError;
-use crate::agent::Agent;
+use crate::agent::{Agent, AgentError};
 use crate::event_loop;
 use crate::snapshot::{Compat, MachineState, Snapshot, SnapshotError, digest_memory};
 use crate::vcpu_state::VcpuSnapshot;
+use guest_init::ToGuest;
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
 use std::fs::File;
 use std::path::Path;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 /// A microVM that stands still: its vCPUs are parked and its event loop holds no operation. It goes on when this is
 /// dropped.
@@ -43,13 +46,30 @@ impl MicroVm {
         Ok(Paused { microvm: self, vcpus, devices: Some(devices), _gate: gate })
     }
 
+    /// Brings the guest to its freeze point, where it stands still: clones of it take their first request without an interrupt.
+    /// `false`, and the guest goes on, if it has no gate.
+    ///
+    /// # Errors
+    /// If the guest cannot be asked.
+    pub fn freeze_point(&self, agent: &Agent, timeout: Duration) -> Result<bool, AgentError> {
+        self.shared.want_freeze();
+        agent.writer().send(0, &ToGuest::Freeze)?;
+        let frozen = self.shared.wait_frozen(timeout);
+        self.at_gate.store(frozen, Ordering::Relaxed);
+        Ok(frozen)
+    }
+
     /// Ends the microVM and makes what it was a snapshot in `dir`, where `memory` is the image that it was booted into
     /// ([`MicroVm::boot_into`]): nothing is copied.
     ///
     /// # Errors
     /// What could not be captured or written. The microVM is gone either way.
     pub fn freeze(self, agent: &Agent, memory: &File, dir: &Path) -> Result<(), VmmError> {
-        let machine = self.pause()?.capture(Some(agent))?;
+        let paused = self.pause()?;
+        let machine = paused.capture(Some(agent))?;
+        // Before the gate opens: not one more instruction may change the memory.
+        self.stop();
+        drop(paused);
         let (vcpus, mem_mib, disks_bytes) = (self.vcpus, self.mem_mib, self.disks_bytes.clone());
         // No thread of it may write its memory any more.
         drop(self);
@@ -83,6 +103,7 @@ impl Paused<'_> {
             clock: vm.get_clock().map_err(VmmError::kvm("GET_CLOCK"))?,
             devices: self.devices.as_ref().map(|paused| paused.states().to_vec()).unwrap_or_default(),
             agent: agent.unwrap_or_default(),
+            at_gate: self.microvm.at_gate.load(Ordering::Relaxed),
         })
     }
 }

@@ -33,13 +33,15 @@ use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use linux_loader::loader::{Elf, KernelLoader};
 use std::fs::File;
+use std::io;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
-use vm_memory::GuestAddress;
+use vm_memory::{Bytes as _, GuestAddress};
 
 /// Raises the guest's interrupt lines. All virtio lines are edge-triggered (see the MultiProcessor table),
 /// so a pulse is an interrupt; no irqfd needs registering, and a fork has none to rebuild.
@@ -63,6 +65,8 @@ pub struct MicroVm {
     agents: Mutex<Receiver<UnixStream>>,
     /// Where a snapshot's conversation with the agent stood, until somebody takes it up.
     conversation: Mutex<Option<AgentState>>,
+    /// The guest stands at its freeze point, and looks into the mailbox when it goes on.
+    at_gate: AtomicBool,
     stages: Stages,
     statistics: Vec<File>,
     vcpus: u8,
@@ -70,7 +74,7 @@ pub struct MicroVm {
     disks_bytes: Vec<u64>,
     // Dropped last: KVM must never see its memory unmapped.
     vm: Arc<VmFd>,
-    _mem: GuestMemory,
+    mem: GuestMemory,
 }
 
 /// The KVM objects of a microVM: memory, interrupt controllers and vCPUs, in their power-on state.
@@ -133,14 +137,18 @@ impl MicroVm {
         for (index, fd) in machine.vcpus.iter().enumerate() {
             vcpu::set_boot_state(fd, index == 0, entry)?;
         }
-        let shared = Arc::new(Shared::new(config.verbose, config.profile.is_some()));
+        let shared = Arc::new(Shared::new(config.verbose));
         let mem = machine.mem.clone();
-        let (microvm, bus) = Self::assemble(machine, Begin { disks, states: Vec::new(), shared })?;
+        let (mut microvm, bus) = Self::assemble(machine, Begin { disks, states: Vec::new(), shared })?;
         let (kind, devices) = (KvmKind::detect(), bus.kernel_cmdline());
         let line = cmdline::build(kind, config.verbose, &devices, &config.kernel_parameters)?;
         boot::write_boot_structures(&mem, &line)?;
         mptable::write(&mem, vcpus)?;
-        microvm.start_sampling(config.profile)
+        if let Some(interval) = config.profile {
+            microvm.sample(interval)?;
+        }
+        microvm.run();
+        Ok(microvm)
     }
 
     /// Restores a snapshot as a new microVM with these disks. It is complete, and stands still until [`MicroVm::run`].
@@ -173,9 +181,10 @@ impl MicroVm {
         }
         let clock = kvm_clock_data { clock: state.clock.clock, ..Default::default() };
         machine.vm.set_clock(&clock).map_err(VmmError::kvm("SET_CLOCK"))?;
-        let shared = Arc::new(Shared::new(false, false));
+        let shared = Arc::new(Shared::new(false));
         let (microvm, _) = Self::assemble(machine, Begin { disks, states: state.devices.clone(), shared })?;
         *lock(&microvm.conversation) = Some(state.agent.clone());
+        microvm.at_gate.store(state.at_gate, Ordering::Relaxed);
         Ok(microvm)
     }
 
@@ -201,6 +210,7 @@ impl MicroVm {
             sampler: None,
             agents: Mutex::new(agents),
             conversation: Mutex::new(None),
+            at_gate: AtomicBool::new(false),
             event_loop,
             stages,
             statistics,
@@ -209,7 +219,7 @@ impl MicroVm {
             mem_mib: memory::mib(&mem),
             disks_bytes,
             vm: Arc::clone(&vm),
-            _mem: mem.clone(),
+            mem: mem.clone(),
         };
         let stopper = Arc::clone(&microvm.event_loop);
         *lock(&shared.on_stop) = Some(Box::new(move || stopper.stop()));
@@ -229,12 +239,14 @@ impl MicroVm {
         Ok((microvm, bus))
     }
 
-    fn start_sampling(mut self, interval: Option<Duration>) -> Result<Self, VmmError> {
-        if let Some(interval) = interval {
-            self.sampler = Some(start_sampler(Arc::clone(&self.shared), interval)?);
-        }
-        self.run();
-        Ok(self)
+    /// Samples the guest's instruction pointer this often from now on.
+    ///
+    /// # Errors
+    /// If there can be no thread for it.
+    pub fn sample(&mut self, interval: Duration) -> Result<(), VmmError> {
+        self.shared.start_sampling();
+        self.sampler = Some(start_sampler(Arc::clone(&self.shared), interval)?);
+        Ok(())
     }
 
     /// Lets a restored microVM go.
@@ -268,7 +280,15 @@ impl MicroVm {
         let socket = self.event_loop.restored_connection(AGENT_PORT).ok_or(AgentError::Closed)?;
         let mut agent = Agent::resume(socket, &saved)?;
         agent.set_timeout(Some(timeout))?;
-        agent.begin_adopt(identity)?;
+        let frame = Agent::adopt_frame(identity)?;
+        if self.at_gate.swap(false, Ordering::Relaxed) {
+            let written = self.mem.write_slice(&frame, GuestAddress(layout::MAILBOX));
+            written.map_err(|e| AgentError::Io(io::Error::other(e)))?;
+            // One frame, at most FRAME_MAX_BYTES.
+            self.shared.fill_mailbox(frame.len() as u32);
+        } else {
+            agent.send_frame(&frame)?;
+        }
         self.run();
         agent.end_adopt()?;
         agent.set_timeout(None)?;

@@ -8,9 +8,9 @@ use crate::profile::Samples;
 use crate::sys::kick::Kick;
 use crate::vcpu_state::VcpuSnapshot;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Why a microVM stopped.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -74,6 +74,10 @@ pub(crate) struct Shared {
     closed: AtomicBool,
     gate: Mutex<Gate>,
     gate_moved: Condvar,
+    /// The guest was asked to freeze.
+    freeze_wanted: AtomicBool,
+    /// Bytes in the mailbox that the guest has not taken.
+    mailbox_bytes: AtomicU32,
     pub(super) vcpus: Mutex<BTreeMap<u8, Kick>>,
     pub(super) assists: Mutex<Counters>,
     pub(super) doorbell: Mutex<doorbell::Counters>,
@@ -90,7 +94,7 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 impl Shared {
-    pub(super) fn new(echo: bool, sampling: bool) -> Self {
+    pub(super) fn new(echo: bool) -> Self {
         Self {
             console: Mutex::new(Console::new(echo)),
             stopping: AtomicBool::new(false),
@@ -99,12 +103,14 @@ impl Shared {
             closed: AtomicBool::new(true),
             gate: Mutex::new(Gate { closings: 0, parked: BTreeMap::new() }),
             gate_moved: Condvar::new(),
+            freeze_wanted: AtomicBool::new(false),
+            mailbox_bytes: AtomicU32::new(0),
             vcpus: Mutex::new(BTreeMap::new()),
             assists: Mutex::new(Counters::default()),
             doorbell: Mutex::new(doorbell::Counters::default()),
             entered: Mutex::new(None),
             first_exit: Mutex::new(None),
-            sampling: AtomicBool::new(sampling),
+            sampling: AtomicBool::new(false),
             samples: Mutex::new(Samples::default()),
             on_stop: Mutex::new(None),
         }
@@ -144,6 +150,43 @@ impl Shared {
         }
     }
 
+    /// The guest will be asked to freeze.
+    pub(super) fn want_freeze(&self) {
+        self.freeze_wanted.store(true, Ordering::Release);
+    }
+
+    /// The guest has come to its freeze point: nobody goes on. A guest that was not asked is not heard, or it could stop itself
+    /// where nobody looks.
+    pub(crate) fn freeze(&self) {
+        if self.freeze_wanted.swap(false, Ordering::AcqRel) {
+            let _gate = lock(&self.gate);
+            self.closed.store(true, Ordering::Release);
+            self.gate_moved.notify_all();
+        }
+    }
+
+    /// Waits until the guest has come to its freeze point, `timeout` at most.
+    pub(super) fn wait_frozen(&self, timeout: Duration) -> bool {
+        let gate = lock(&self.gate);
+        let waiting = |_: &mut Gate| !self.closed() && !self.stopping();
+        let (_gate, _) = self
+            .gate_moved
+            .wait_timeout_while(gate, timeout, waiting)
+            .unwrap_or_else(PoisonError::into_inner);
+        self.freeze_wanted.store(false, Ordering::Release);
+        self.closed()
+    }
+
+    /// Says that the mailbox holds so many bytes.
+    pub(super) fn fill_mailbox(&self, bytes: u32) {
+        self.mailbox_bytes.store(bytes, Ordering::Release);
+    }
+
+    /// The guest takes what is in the mailbox.
+    pub(crate) fn take_mailbox(&self) -> u32 {
+        self.mailbox_bytes.swap(0, Ordering::AcqRel)
+    }
+
     /// Closes the gate and waits until all `vcpus` threads have left their states. Everybody else must keep from opening
     /// it meanwhile.
     ///
@@ -174,6 +217,10 @@ impl Shared {
 
     pub(crate) fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
+    }
+
+    pub(super) fn start_sampling(&self) {
+        self.sampling.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn sampling(&self) -> bool {

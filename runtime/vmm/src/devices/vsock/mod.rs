@@ -29,7 +29,7 @@ pub use self::packet::{HEADER_BYTES, HOST_CID, Header, MAX_PAYLOAD_BYTES, NO_REC
 use self::packet::{read_header, write_header};
 pub use self::table::{MAX_CONNECTIONS, MAX_RESETS};
 use self::table::{Ports, Table};
-use crate::devices::mmio::{Device, Done, StreamState};
+use crate::devices::mmio::{Device, Done, State};
 use crate::devices::virtqueue::{Chain, Fault, Host, Turn};
 use crate::event_loop::ring::{GuestBuffers, Op, Pollable};
 
@@ -124,9 +124,13 @@ impl Vsock {
     ///
     /// # Errors
     /// If a socket cannot be made.
-    pub fn restored(saved: &[StreamState]) -> io::Result<(Self, Vec<HostEnd>)> {
-        let mut vsock = Self { reset_due: saved.is_empty(), start_due: !saved.is_empty(), ..Self::default() };
-        let ends = vsock.table.restore(saved)?;
+    pub fn restored(saved: &State) -> io::Result<(Self, Vec<HostEnd>)> {
+        let streams = &saved.streams;
+        // What the chains hold counts no more; that there are some does.
+        let held = Held { heads: saved.held.clone(), segments: saved.held.len(), bytes: 0 };
+        let (reset_due, start_due) = (streams.is_empty(), !streams.is_empty());
+        let mut vsock = Self { held, reset_due, start_due, ..Self::default() };
+        let ends = vsock.table.restore(streams)?;
         Ok((vsock, ends))
     }
 
@@ -387,12 +391,11 @@ impl Device for Vsock {
         0
     }
 
-    fn streams(&self) -> io::Result<Vec<StreamState>> {
-        self.table.states()
-    }
-
-    fn settle(&mut self, host: &mut Host<'_>) -> Result<(), Fault> {
-        self.give_back(host)
+    fn save(&self, state: &mut State) {
+        // A connection that cannot be saved is closed in the restored guest.
+        state.streams = self.table.states().unwrap_or_default();
+        // Giving them back would interrupt the guest, and each of its clones.
+        state.held.clone_from(&self.held.heads);
     }
 }
 
