@@ -46,7 +46,7 @@ impl Demand {
         self.at = now;
         let since = now.saturating_sub(self.window_start);
         if since >= policy.peak_window {
-            let kept = if since < 2 * policy.peak_window { self.peaks[0] } else { 0 };
+            let kept = if since / 2 < policy.peak_window { self.peaks[0] } else { 0 };
             self.peaks = [0, kept];
             self.window_start = now;
         }
@@ -64,7 +64,7 @@ impl Demand {
     }
 
     pub(crate) fn build_took(&mut self, took: Duration) {
-        self.build = if self.build_seen { (self.build * 7 + took) / 8 } else { took };
+        self.build = if self.build_seen { self.build - self.build / 8 + took / 8 } else { took };
         self.build_seen = true;
     }
 

@@ -26,6 +26,7 @@
 mod breaker;
 mod demand;
 mod error;
+pub mod plan;
 mod policy;
 mod pool;
 mod schedule;

@@ -12,7 +12,7 @@ pub struct Policy {
     pub high: usize,
     /// Slots of this template, idle or in building, never exceeded; builds for waiting callers count. At least 1.
     pub max: usize,
-    /// How many of the idle slots have the template's state set. 0 to `high`.
+    /// How many of the idle slots have the template's state set, as far as memory beyond all shells allows. 0 to `high`.
     pub parked: usize,
     /// Callers that may wait at a time. At least 1.
     pub max_waiters: usize,

@@ -6,6 +6,9 @@ use crate::pool::{Action, Pool, Template};
 use crate::slot::{Depth, Reason, Slot, SlotId, State};
 use std::time::Duration;
 
+/// An old slot that demand still asks for is looked at again no sooner than this.
+const SOONEST: Duration = Duration::from_millis(1);
+
 /// Who wants memory, and so whose idle slots may go for it. Refill never takes what the loser would build again at
 /// once in the same way: that would go on for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -145,7 +148,7 @@ impl<K: Ord + Clone> Pool<K> {
             let token = if short { entry.bucket.next_token(&entry.policy) } else { None };
             // A slot that is old but wanted is looked at again as the target falls.
             let expiry = self.oldest(entry).filter(|_| entry.idle() > entry.policy.low).map(|(_, since)| {
-                let again = self.now.saturating_add(entry.policy.idle_expiry / 4);
+                let again = self.now.saturating_add((entry.policy.idle_expiry / 4).max(SOONEST));
                 let at = since.saturating_add(entry.policy.idle_expiry);
                 if at > self.now { at } else { again }
             });
@@ -297,10 +300,12 @@ impl<K: Ord + Clone> Pool<K> {
     /// Whether `bytes` more fit the budget now. If not, and other templates hold enough that may go for it, starts to
     /// destroy that: the room is there once the last is gone.
     fn make_room(&mut self, key: &K, bytes: u64, want: Want) -> bool {
-        if self.charged_bytes + bytes <= self.limits.max_bytes {
+        if bytes <= self.limits.max_bytes - self.charged_bytes {
             return true;
         }
-        let missing = (self.charged_bytes - self.leaving_bytes + bytes).saturating_sub(self.limits.max_bytes);
+        let missing = (self.charged_bytes - self.leaving_bytes)
+            .saturating_add(bytes)
+            .saturating_sub(self.limits.max_bytes);
         let floor = |t: &Template| match want {
             Want::Caller => 0,
             Want::Low => t.policy.low,

@@ -1,6 +1,8 @@
 //! The pool under a witness: it sees only events and actions, keeps its own books, and objects.
 
+mod cases;
 mod invariants;
+mod planning;
 mod walk;
 
 use crate::{Action, Cause, Checkout, Depth, Error, Limits, Policy, Pool, SlotId, State, Ticket};
@@ -280,7 +282,7 @@ impl World {
         let no_memory = pool
             .templates
             .values()
-            .any(|t| lacks(t) && pool.charged_bytes + t.policy.shell_bytes > pool.limits.max_bytes);
+            .any(|t| lacks(t) && t.policy.shell_bytes > pool.limits.max_bytes - pool.charged_bytes);
         let held = pool.draining || no_memory || pool.in_flight == pool.limits.max_builds;
         for (key, t) in &pool.templates {
             let is = |place| {
