@@ -28,7 +28,8 @@ impl fmt::Display for Cause {
     }
 }
 
-/// What the pool refuses. A refused call leaves the pool as it was, except that a refused checkout counts as demand.
+/// What the pool refuses. A refused call leaves the pool as it was, its time included; only a checkout that meets an
+/// open breaker or a full queue counts as demand.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// A policy or limit is out of range.

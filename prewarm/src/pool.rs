@@ -215,10 +215,10 @@ impl<K: Ord + Clone> Pool<K> {
     /// Gives a template up: its waiting callers fail, its idle slots go, its builds go when they end. Slots in
     /// callers' hands stay with them.
     pub fn remove(&mut self, now: Duration, template: &K) -> Result<(), Error> {
-        self.advance(now);
         if !self.templates.contains_key(template) {
             return Err(Error::UnknownTemplate);
         }
+        self.advance(now);
         self.discard(template, &Cause::Removed);
         self.templates.remove(template);
         self.pump();
@@ -227,11 +227,12 @@ impl<K: Ord + Clone> Pool<K> {
 
     /// A caller wants a slot. Errors: no such template, shutting down, breaker open, queue full.
     pub fn checkout(&mut self, now: Duration, template: &K) -> Result<Checkout, Error> {
-        let now = self.advance(now);
         if self.draining {
             return Err(Error::Draining);
         }
+        let now = self.now.max(now);
         let entry = self.templates.get_mut(template).ok_or(Error::UnknownTemplate)?;
+        self.now = now;
         entry.demand.arrival(now, &entry.policy);
         let parked = entry.parked.pop_back();
         if let Some(slot) = parked.or_else(|| entry.ready.pop_back()) {
@@ -244,13 +245,15 @@ impl<K: Ord + Clone> Pool<K> {
         entry.counts.misses += 1;
         let waiting = entry.waiters.len();
         let broken = entry.breaker.why(now).filter(|_| waiting >= entry.breaker.allowance(now));
-        if let Some((cause, retry_after)) = broken {
+        let refusal = match broken {
+            Some((cause, retry_after)) => Some(Error::Broken { cause, retry_after }),
+            None if waiting >= entry.policy.max_waiters => Some(Error::QueueFull { waiting }),
+            None => None,
+        };
+        if let Some(refusal) = refusal {
             entry.counts.refused += 1;
-            return Err(Error::Broken { cause, retry_after });
-        }
-        if waiting >= entry.policy.max_waiters {
-            entry.counts.refused += 1;
-            return Err(Error::QueueFull { waiting });
+            self.pump();
+            return Err(refusal);
         }
         entry.counts.waits += 1;
         entry.counts.adopted += u64::from(entry.building > waiting);
@@ -275,8 +278,8 @@ impl<K: Ord + Clone> Pool<K> {
 
     /// The build or parking of this slot is done.
     pub fn built(&mut self, now: Duration, slot: SlotId) -> Result<(), Error> {
-        let now = self.advance(now);
         let (state, since) = self.state_for(slot, "built", &[State::Building, State::Parking])?;
+        let now = self.advance(now);
         if let Some(entry) = self.leave_flight(slot) {
             entry.breaker.built();
             let depth = if state == State::Building { Depth::Shell } else { Depth::Parked };
@@ -307,8 +310,8 @@ impl<K: Ord + Clone> Pool<K> {
     /// The build or parking of this slot failed. The breaker opens; of the callers who wait, those keep waiting who
     /// still have a build in flight, the others are told the cause.
     pub fn build_failed(&mut self, now: Duration, slot: SlotId, cause: Cause) -> Result<(), Error> {
-        self.advance(now);
         self.state_for(slot, "build_failed", &[State::Building, State::Parking])?;
+        self.advance(now);
         self.fail_build(slot, cause, Reason::Failed);
         self.pump();
         Ok(())
@@ -316,8 +319,9 @@ impl<K: Ord + Clone> Pool<K> {
 
     /// The slot's worker ended by itself, in whatever state. A build it was at has failed.
     pub fn died(&mut self, now: Duration, slot: SlotId, words: &str) -> Result<(), Error> {
-        self.advance(now);
+        let now = self.now.max(now);
         let entry = self.slots.get(&slot).ok_or(Error::UnknownSlot(slot))?;
+        self.now = now;
         match entry.state {
             State::Building | State::Parking => {
                 self.fail_build(slot, Cause::Host(words.to_owned()), Reason::Died);
@@ -339,8 +343,8 @@ impl<K: Ord + Clone> Pool<K> {
 
     /// The caller is done with the slot it was given.
     pub fn returned(&mut self, now: Duration, slot: SlotId) -> Result<(), Error> {
-        self.advance(now);
         self.state_for(slot, "returned", &[State::CheckedOut])?;
+        self.advance(now);
         self.destroy(slot, Reason::Returned);
         self.pump();
         Ok(())
@@ -348,12 +352,12 @@ impl<K: Ord + Clone> Pool<K> {
 
     /// An [`Action::Destroy`] is done: worker reaped, memory free. The slot's name is forgotten.
     pub fn destroyed(&mut self, now: Duration, slot: SlotId) -> Result<(), Error> {
-        self.advance(now);
         let entry = self.slots.get(&slot).ok_or(Error::UnknownSlot(slot))?;
         let (state, bytes) = (entry.state, entry.charge_bytes);
         if !matches!(state, State::Destroying(_)) {
             return Err(Error::WrongState { slot, state, event: "destroyed" });
         }
+        self.advance(now);
         self.slots.remove(&slot);
         self.charged_bytes -= bytes;
         self.leaving_bytes -= bytes;

@@ -23,7 +23,8 @@ enum Want {
 
 /// Steps.
 impl<K: Ord + Clone> Pool<K> {
-    /// Takes the time of an event; it never goes back.
+    /// Takes the time of an event; it never goes back. Whoever calls this calls [`Pool::pump`] too, or what had fallen
+    /// due by then would be missed: [`Pool::next_wakeup`] names no time that is past.
     pub(crate) fn advance(&mut self, now: Duration) -> Duration {
         self.now = self.now.max(now);
         self.now

@@ -17,6 +17,7 @@ fn event() -> impl Strategy<Value = Event> {
         8 => n.prop_map(Event::Destroyed),
         2 => any::<bool>().prop_map(Event::Rebuilt),
         4 => (0..400u64).prop_map(Event::Tick),
+        1 => (0..400u64).prop_map(Event::Misfit),
         1 => (0..3u8).prop_map(Event::Remove),
         1 => (0..3u8).prop_map(Event::Add),
     ]

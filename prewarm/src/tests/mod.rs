@@ -127,6 +127,8 @@ enum Event {
     Tick(u64),
     Remove(u8),
     Add(u8),
+    /// Time goes on, and an event comes that fits no slot.
+    Misfit(u64),
     Drain,
 }
 
@@ -196,6 +198,15 @@ impl World {
                 self.pool.tick(self.now);
                 Ok(())
             }
+            (Event::Misfit(by_ms), _) => {
+                self.now += ms(by_ms);
+                self.pool
+                    .built(self.now, SlotId(u64::MAX))
+                    .is_err()
+                    .then_some(())
+                    .ok_or("a misfit was taken")?;
+                Ok(())
+            }
             (Event::Drain, _) => {
                 self.pool.drain(now);
                 Ok(())
@@ -248,6 +259,14 @@ impl World {
         self.witness.doomed = doomed.map(|(&id, _)| id).collect();
         while let Some(action) = self.pool.next_action() {
             self.witness.sees(&action)?;
+        }
+        let mut later = self.pool.clone();
+        later.tick(self.pool.now);
+        if let Some(action) = later.next_action() {
+            return Err(format!("left undone: {action:?}"));
+        }
+        if self.pool.next_wakeup().is_some_and(|at| at <= self.pool.now) {
+            return Err("a wake-up in the past: the caller would spin".to_owned());
         }
         let pool = &self.pool;
         for (slot, (_, place)) in &self.witness.slots {

@@ -1,6 +1,6 @@
 //! Every order of events up to a depth, from a small pool where everything can go wrong at once.
 
-use super::{Event, World, ms};
+use super::{Event, Place, World, ms};
 use crate::{Action, Depth, Limits, Policy};
 use std::collections::hash_map::DefaultHasher;
 use std::collections::{BTreeSet, HashSet};
@@ -89,11 +89,16 @@ fn the_picture_is_what_the_walk_saw() {
 #[test]
 fn the_witness_objects_to_a_slot_served_twice_and_to_a_queue_out_of_order() {
     let mut world = world();
-    world.step(Event::Checkout(1)).unwrap();
-    world.step(Event::Checkout(1)).unwrap();
-    world.step(Event::Built(0)).unwrap();
-    let slot = world.nth(0, |p| p == super::Place::Idle(Depth::Shell) || p == super::Place::Out).unwrap();
-    let last = *world.witness.waiting[&1].back().unwrap();
-    let twice = Action::Serve { ticket: last, slot, depth: Depth::Shell };
-    assert!(world.witness.sees(&twice).is_err());
+    // The kept template's build first, then one for each of two callers of the other.
+    let events =
+        [Event::Built(0), Event::Checkout(1), Event::Built(0), Event::Checkout(1), Event::Checkout(1)];
+    events.into_iter().for_each(|event| assert!(world.step(event).unwrap(), "{event:?}"));
+    let mut witness = world.witness;
+    let waiting: Vec<_> = witness.waiting[&1].iter().copied().collect();
+    let (&slot, _) = witness.slots.iter().find(|(_, (key, _))| *key == 1).unwrap();
+    witness.slots.insert(slot, (1, Place::Idle(Depth::Shell)));
+    let serve = |ticket| Action::Serve { ticket, slot, depth: Depth::Shell };
+    assert!(witness.clone().sees(&serve(waiting[1])).unwrap_err().contains("before its turn"));
+    witness.sees(&serve(waiting[0])).unwrap();
+    assert!(witness.sees(&serve(waiting[1])).unwrap_err().contains("Out"));
 }
