@@ -1,5 +1,5 @@
-//! The breaker of one template (M. Nygard, Release It!, "Circuit Breaker"): after a failed build no second one is
-//! tried at once, callers are told the cause, and the next attempts are single and ever further apart.
+//! The breaker of one template (M. Nygard, Release It!, "Circuit Breaker"): after a failed build no second
+//! one is tried at once, callers are told the cause, and the next attempts are single and ever further apart.
 //!
 //! ```text
 //! closed --host failure--> open --back-off over--> one trial --built--> closed

@@ -1,4 +1,5 @@
-//! What demand asks for, and how fast refill may answer: the arrival rate, the build time, the peak, the token bucket.
+//! What demand asks for, and how fast refill may answer: the arrival rate, the build time, the peak, the
+//! token bucket.
 
 use crate::policy::Policy;
 use std::collections::VecDeque;
@@ -9,8 +10,9 @@ const SLACK: f64 = 1e-6;
 
 /// Arrivals and build times of one template, and the number of slots that follows from them.
 ///
-/// Little's law: `rate x build time` slots are used up, on average, while one is rebuilt. The burst allowance is what
-/// the peak was above that: the most arrivals seen within one build time. So the target is the larger of the two.
+/// Little's law: `rate x build time` slots are used up, on average, while one is rebuilt. The burst allowance
+/// is what the peak was above that: the most arrivals seen within one build time. So the target is the larger
+/// of the two.
 #[derive(Debug, Clone)]
 pub(crate) struct Demand {
     /// Arrivals a second at `at`: each adds `1 / rate_memory`, and the sum decays with that time constant.
@@ -113,8 +115,8 @@ impl Bucket {
     /// When the next token is there; `None` if there is one, or never will be.
     pub(crate) fn next_token(&self, policy: &Policy) -> Option<Duration> {
         let wait_s = (1.0 - self.tokens) / policy.refill_per_s;
-        // A rate so small that the time does not fit a Duration is a rate of nothing. The microsecond makes sure
-        // that the wake-up comes after the token and not a rounding error before it.
+        // A rate so small that the time does not fit a Duration is a rate of nothing. The microsecond makes
+        // sure that the wake-up comes after the token and not a rounding error before it.
         let wait = Duration::try_from_secs_f64(wait_s).ok().filter(|_| !self.has_token())?;
         self.at.checked_add(wait)?.checked_add(Duration::from_micros(1))
     }

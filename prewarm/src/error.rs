@@ -7,7 +7,8 @@ use std::time::Duration;
 /// Why a build failed, or why a waiting caller gets no slot.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Cause {
-    /// The template itself is bad (checksum, version, CPU mismatch). No attempt is made until it has been rebuilt.
+    /// The template itself is bad (checksum, version, CPU mismatch). No attempt is made until it has been
+    /// rebuilt.
     Template(String),
     /// The host could not build this one (descriptors, memory, a signal). Tried again after a back-off.
     Host(String),
@@ -28,8 +29,8 @@ impl fmt::Display for Cause {
     }
 }
 
-/// What the pool refuses. A refused call leaves the pool as it was, its time included; only a checkout that meets an
-/// open breaker or a full queue counts as demand.
+/// What the pool refuses. A refused call leaves the pool as it was, its time included; only a checkout that
+/// meets an open breaker or a full queue counts as demand.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// A policy or limit is out of range.
@@ -60,7 +61,8 @@ pub enum Error {
     Broken {
         /// What the last failed build said.
         cause: Cause,
-        /// How long until the next attempt may be made; `None` while a rebuild of the template has to come first.
+        /// How long until the next attempt may be made; `None` while a rebuild of the template has to come
+        /// first.
         retry_after: Option<Duration>,
     },
     /// The slot was never built here or is already destroyed.

@@ -1,13 +1,14 @@
-//! The prewarm pool: which microVM shells to build, keep, hand out and destroy, and when. Pure policy: no KVM, no
-//! I/O, no clock, no threads, no unsafe code.
+//! The prewarm pool: which microVM shells to build, keep, hand out and destroy, and when. Pure policy: no
+//! KVM, no I/O, no clock, no threads, no unsafe code.
 //!
-//! [`Pool`] is a state machine without I/O (the pattern of sans-io.readthedocs.io, and of quinn-proto in Rust). The
-//! host process that owns the workers tells it what happened ([`Pool::checkout`], [`Pool::built`], …) and does what
-//! [`Pool::next_action`] says. Time is a parameter of every event: a [`std::time::Duration`] since an epoch the
-//! caller chooses. A time earlier than one already seen counts as the latest seen.
+//! [`Pool`] is a state machine without I/O (the pattern of sans-io.readthedocs.io, and of quinn-proto in
+//! Rust). The host process that owns the workers tells it what happened ([`Pool::checkout`], [`Pool::built`],
+//! …) and does what [`Pool::next_action`] says. Time is a parameter of every event: a [`std::time::Duration`]
+//! since an epoch the caller chooses. A time earlier than one already seen counts as the latest seen.
 //!
-//! One task owns a pool, or one mutex guards it: no call blocks, so there is nothing to interleave below the level of
-//! whole events. Those interleavings are walked exhaustively (`tests/walk.rs`) and sampled (`tests/invariants.rs`).
+//! One task owns a pool, or one mutex guards it: no call blocks, so there is nothing to interleave below the
+//! level of whole events. Those interleavings are walked exhaustively (`tests/walk.rs`) and sampled
+//! (`tests/invariants.rs`).
 //!
 //! ```
 //! use prewarm::{Action, Checkout, Limits, Policy, Pool};

@@ -1,5 +1,5 @@
-//! How big a pool has to be: the pool itself, run against a trace of arrivals in simulated time. Same input, same
-//! result, on any run of the same build: time is simulated and the random numbers have a seed.
+//! How big a pool has to be: the pool itself, run against a trace of arrivals in simulated time. Same input,
+//! same result, on any run of the same build: time is simulated and the random numbers have a seed.
 
 use crate::error::Error;
 use crate::policy::{Limits, Policy};
@@ -32,8 +32,8 @@ impl Random {
     }
 }
 
-/// Arrivals in bursts: bursts come as a Poisson process, each of a geometrically distributed number of callers at the
-/// same instant.
+/// Arrivals in bursts: bursts come as a Poisson process, each of a geometrically distributed number of
+/// callers at the same instant.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Arrivals {
     /// Callers a second, all bursts together. Above 0, finite.
@@ -71,7 +71,8 @@ impl Arrivals {
     }
 }
 
-/// How long builds take. The n-th build of a run takes the same time whatever the policy, so policies compare.
+/// How long builds take. The n-th build of a run takes the same time whatever the policy, so policies
+/// compare.
 #[derive(Debug, Clone, PartialEq)]
 pub enum BuildTime {
     /// Always this long.
@@ -136,7 +137,8 @@ pub struct Outcome {
 }
 
 impl Outcome {
-    /// The wait that `part` (0 to 1) of the callers who got a slot did not exceed; hits wait for zero. Nearest rank.
+    /// The wait that `part` (0 to 1) of the callers who got a slot did not exceed; hits wait for zero.
+    /// Nearest rank.
     pub fn wait(&self, part: f64) -> Duration {
         let rank = (part.clamp(0.0, 1.0) * self.waits.len() as f64).ceil() as usize;
         self.waits.get(rank.max(1) - 1).copied().unwrap_or_default()
@@ -176,7 +178,8 @@ impl Run<'_> {
                 Action::Serve { ticket, slot, .. } => {
                     let since = self.waiting.remove(&ticket);
                     self.waits.extend(since.map(|since| self.clock.saturating_sub(since)));
-                    // The sandbox's life is not the pool's: handed back at once, so that memory stays small here.
+                    // The sandbox's life is not the pool's: handed back at once, so that memory stays small
+                    // here.
                     self.hand_back(slot);
                     continue;
                 }
@@ -286,10 +289,12 @@ pub fn simulate(case: &Case, trace: &[Duration]) -> Result<Outcome, Error> {
     })
 }
 
-/// The smallest number of idle slots, 0 to the policy's `max`, that gives the wanted hit rate (0 to 1) when held
-/// throughout (`low` and `high` both that number), and what then comes out. `None`: `max` does not give it either.
+/// The smallest number of idle slots, 0 to the policy's `max`, that gives the wanted hit rate (0 to 1) when
+/// held throughout (`low` and `high` both that number), and what then comes out. `None`: `max` does not give
+/// it either.
 ///
-/// Every number from 0 up is tried: with refill bounded, more is not always better, and so no step may be skipped.
+/// Every number from 0 up is tried: with refill bounded, more is not always better, and so no step may be
+/// skipped.
 pub fn plan(
     case: &Case,
     trace: &[Duration],

@@ -10,9 +10,11 @@ pub struct Policy {
     pub low: usize,
     /// Idle slots that demand may raise the target to. `low` to `max`.
     pub high: usize,
-    /// Slots of this template, idle or in building, never exceeded; builds for waiting callers count. At least 1.
+    /// Slots of this template, idle or in building, never exceeded. Builds for waiting callers count; builds
+    /// still on their way when the template was discarded do not. At least 1.
     pub max: usize,
-    /// How many of the idle slots have the template's state set, as far as memory beyond all shells allows. 0 to `high`.
+    /// How many of the idle slots have the template's state set, as far as memory beyond all shells allows. 0
+    /// to `high`.
     pub parked: usize,
     /// Callers that may wait at a time. At least 1.
     pub max_waiters: usize,
@@ -20,10 +22,11 @@ pub struct Policy {
     pub shell_bytes: u64,
     /// What a parked slot costs in bytes. `shell_bytes` to the pool's `max_bytes`.
     pub parked_bytes: u64,
-    /// Builds a second for refill, in the long run. Builds that a caller waits for are not held back by it, but they
-    /// are refills too and use its tokens. 0 or more, finite.
+    /// Builds a second for refill, in the long run. Builds that a caller waits for are not held back by it,
+    /// but they are refills too and use its tokens. 0 or more, finite.
     pub refill_per_s: f64,
-    /// Refill builds that may follow each other at once after a quiet time (the token bucket's depth). At least 1.
+    /// Refill builds that may follow each other at once after a quiet time (the token bucket's depth). At
+    /// least 1.
     pub refill_burst: u32,
     /// How long a build takes, until builds have been seen. Above 0.
     pub expected_build: Duration,
@@ -64,8 +67,8 @@ impl Default for Policy {
 /// What all templates share.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
-    /// Memory of all slots that are building, idle or being destroyed, in bytes; never exceeded. Slots in callers'
-    /// hands do not count: they are the host's admission's business.
+    /// Memory of all slots that are building, idle or being destroyed, in bytes; never exceeded. Slots in
+    /// callers' hands do not count: they are the host's admission's business.
     pub max_bytes: u64,
     /// Builds and parkings in flight at a time, those that a caller waits for included. At least 1.
     pub max_builds: usize,

@@ -1,4 +1,5 @@
-//! The pool: what callers and workers tell it, and what it says to do. What it decides by itself is `schedule.rs`.
+//! The pool: what callers and workers tell it, and what it says to do. What it decides by itself is
+//! `schedule.rs`.
 
 use crate::breaker::Breaker;
 use crate::demand::{Bucket, Demand};
@@ -11,8 +12,8 @@ use std::time::Duration;
 /// What the caller is to do next.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action<K> {
-    /// Build a shell under this slot's name (`to` is [`Depth::Shell`]) or set the template's state in a built one
-    /// ([`Depth::Parked`]). Ends with [`Pool::built`], [`Pool::build_failed`] or [`Pool::died`].
+    /// Build a shell under this slot's name (`to` is [`Depth::Shell`]) or set the template's state in a built
+    /// one ([`Depth::Parked`]). Ends with [`Pool::built`], [`Pool::build_failed`] or [`Pool::died`].
     Build {
         /// The slot.
         slot: SlotId,
@@ -21,7 +22,8 @@ pub enum Action<K> {
         /// How far to bring it.
         to: Depth,
     },
-    /// End the slot's worker and free what it held, also what a failed build left. Ends with [`Pool::destroyed`].
+    /// End the slot's worker and free what it held, also what a failed build left. Ends with
+    /// [`Pool::destroyed`].
     Destroy {
         /// The slot.
         slot: SlotId,
@@ -113,7 +115,8 @@ pub struct Stats {
 #[derive(Debug, Clone)]
 pub(crate) struct Template {
     pub(crate) policy: Policy,
-    /// Idle slots, oldest first. The newest is handed out: its memory is the warmest, and the surplus gets old.
+    /// Idle slots, oldest first. The newest is handed out: its memory is the warmest, and the surplus gets
+    /// old.
     pub(crate) ready: VecDeque<SlotId>,
     pub(crate) parked: VecDeque<SlotId>,
     /// Shell builds and parkings in flight, the doomed not among them.
@@ -145,11 +148,11 @@ impl Template {
 ///
 /// What it keeps, after every event:
 /// - A slot is in one state and is handed out at most once.
-/// - A template's idle slots and builds are at most `max`; the memory of all is at most `max_bytes`; builds and
-///   parkings in flight are at most `max_builds`.
-/// - A caller waits only if no slot is idle, takes the oldest build that nobody waits for, or starts one; so he never
-///   waits longer than for a build of his own, unless `max`, `max_builds` or `max_bytes` holds that one up. Then he
-///   comes before any refill. Slots go to waiting callers in order of arrival.
+/// - A template's idle slots and builds are at most `max`; the memory of all is at most `max_bytes`; builds
+///   and parkings in flight are at most `max_builds`.
+/// - A caller waits only if no slot is idle, takes the oldest build that nobody waits for, or starts one; so
+///   he never waits longer than for a build of his own, unless `max`, `max_builds` or `max_bytes` holds that
+///   one up. Then he comes before any refill. Slots go to waiting callers in order of arrival.
 /// - Every waiting caller is served, or told the cause, as long as builds end and time goes on.
 #[derive(Debug, Clone)]
 pub struct Pool<K> {
@@ -212,8 +215,8 @@ impl<K: Ord + Clone> Pool<K> {
         Ok(())
     }
 
-    /// Gives a template up: its waiting callers fail, its idle slots go, its builds go when they end. Slots in
-    /// callers' hands stay with them.
+    /// Gives a template up: its waiting callers fail, its idle slots go, its builds go when they end. Slots
+    /// in callers' hands stay with them.
     pub fn remove(&mut self, now: Duration, template: &K) -> Result<(), Error> {
         if !self.templates.contains_key(template) {
             return Err(Error::UnknownTemplate);
@@ -264,8 +267,8 @@ impl<K: Ord + Clone> Pool<K> {
         Ok(Checkout::Wait(ticket))
     }
 
-    /// A waiting caller gave up; the build in flight becomes a refill. False: too late, its answer is already out, and
-    /// a slot it was served has to be returned.
+    /// A waiting caller gave up; the build in flight becomes a refill. False: too late, its answer is already
+    /// out, and a slot it was served has to be returned.
     pub fn cancel(&mut self, now: Duration, ticket: Ticket) -> bool {
         self.advance(now);
         let found = self.templates.values_mut().any(|entry| {
@@ -307,8 +310,8 @@ impl<K: Ord + Clone> Pool<K> {
         Ok(())
     }
 
-    /// The build or parking of this slot failed. The breaker opens; of the callers who wait, those keep waiting who
-    /// still have a build in flight, the others are told the cause.
+    /// The build or parking of this slot failed. The breaker opens; of the callers who wait, those keep
+    /// waiting who still have a build in flight, the others are told the cause.
     pub fn build_failed(&mut self, now: Duration, slot: SlotId, cause: Cause) -> Result<(), Error> {
         self.state_for(slot, "build_failed", &[State::Building, State::Parking])?;
         self.advance(now);
@@ -382,8 +385,8 @@ impl<K: Ord + Clone> Pool<K> {
         self.pump();
     }
 
-    /// Shuts the pool down: waiting callers fail, idle slots go, builds in flight go when they end, and no work is
-    /// taken. Done when [`Pool::is_drained`].
+    /// Shuts the pool down: waiting callers fail, idle slots go, builds in flight go when they end, and no
+    /// work is taken. Done when [`Pool::is_drained`].
     pub fn drain(&mut self, now: Duration) {
         self.advance(now);
         self.draining = true;

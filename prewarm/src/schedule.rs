@@ -1,5 +1,5 @@
-//! What the pool decides after every event: rebuilds, builds that callers wait for, refill, parking, expiry, eviction.
-//! And the few steps all of them, and all events, are made of.
+//! What the pool decides after every event: rebuilds, builds that callers wait for, refill, parking, expiry,
+//! eviction. And the few steps all of them, and all events, are made of.
 
 use crate::error::{Cause, Error};
 use crate::pool::{Action, Pool, Template};
@@ -9,8 +9,8 @@ use std::time::Duration;
 /// An old slot that demand still asks for is looked at again no sooner than this.
 const SOONEST: Duration = Duration::from_millis(1);
 
-/// Who wants memory, and so whose idle slots may go for it. Refill never takes what the loser would build again at
-/// once in the same way: that would go on for ever.
+/// Who wants memory, and so whose idle slots may go for it. Refill never takes what the loser would build
+/// again at once in the same way: that would go on for ever.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Want {
     /// A waiting caller: any idle slot of another template.
@@ -23,8 +23,8 @@ enum Want {
 
 /// Steps.
 impl<K: Ord + Clone> Pool<K> {
-    /// Takes the time of an event; it never goes back. Whoever calls this calls [`Pool::pump`] too, or what had fallen
-    /// due by then would be missed: [`Pool::next_wakeup`] names no time that is past.
+    /// Takes the time of an event; it never goes back. Whoever calls this calls [`Pool::pump`] too, or what
+    /// had fallen due by then would be missed: [`Pool::next_wakeup`] names no time that is past.
     pub(crate) fn advance(&mut self, now: Duration) -> Duration {
         self.now = self.now.max(now);
         self.now
@@ -158,8 +158,8 @@ impl<K: Ord + Clone> Pool<K> {
         self.templates.values().filter_map(of_template).min()
     }
 
-    /// Starts the builds that waiting callers lack, fewest builds first, then the longest wait: no template starves
-    /// another. False: one lacks memory, which has to come first.
+    /// Starts the builds that waiting callers lack, fewest builds first, then the longest wait: no template
+    /// starves another. False: one lacks memory, which has to come first.
     fn build_for_callers(&mut self) -> bool {
         while self.in_flight < self.limits.max_builds {
             let now = self.now;
@@ -270,7 +270,8 @@ impl<K: Ord + Clone> Pool<K> {
         }
     }
 
-    /// The idle slot to lose first: the oldest shell, and a parked one, which is dearer, only when there is no shell.
+    /// The idle slot to lose first: the oldest shell, and a parked one, which is dearer, only when there is
+    /// no shell.
     fn oldest(&self, entry: &Template) -> Option<(SlotId, Duration)> {
         let &slot = entry.ready.front().or(entry.parked.front())?;
         self.slots.get(&slot).map(|s| (slot, s.since))
@@ -298,8 +299,8 @@ impl<K: Ord + Clone> Pool<K> {
         }
     }
 
-    /// Whether `bytes` more fit the budget now. If not, and other templates hold enough that may go for it, starts to
-    /// destroy that: the room is there once the last is gone.
+    /// Whether `bytes` more fit the budget now. If not, and other templates hold enough that may go for it,
+    /// starts to destroy that: the room is there once the last is gone.
     fn make_room(&mut self, key: &K, bytes: u64, want: Want) -> bool {
         if bytes <= self.limits.max_bytes - self.charged_bytes {
             return true;
@@ -322,7 +323,8 @@ impl<K: Ord + Clone> Pool<K> {
         }
         let goal = self.leaving_bytes + missing;
         while self.leaving_bytes < goal {
-            // The least wanted: surplus before what demand asks for, that before `low`; then by arrivals a slot.
+            // The least wanted: surplus before what demand asks for, that before `low`; then by arrivals a
+            // slot.
             let rank = |t: &Template| match t.idle() {
                 idle if idle > t.target() => 0,
                 idle if idle > t.policy.low => 1,

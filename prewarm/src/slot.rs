@@ -43,8 +43,8 @@ pub enum Reason {
     Discarded,
 }
 
-/// Where a slot is. Every way through, as the exhaustive walk finds it (the test `the_picture_is_what_the_walk_saw`
-/// prints it and compares):
+/// Where a slot is. Every way through, as the exhaustive walk finds it (the test
+/// `the_picture_is_what_the_walk_saw` prints it and compares):
 ///
 /// ```text
 /// building    --built--> ready
@@ -67,7 +67,8 @@ pub enum Reason {
 /// ready       --park--> parking
 /// ```
 ///
-/// So every slot ends with exactly one [`Action::Destroy`](crate::Action::Destroy), and is handed out at most once.
+/// So every slot ends with exactly one [`Action::Destroy`](crate::Action::Destroy), and is handed out at most
+/// once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum State {
     /// The order to build a shell is out.
@@ -105,7 +106,8 @@ pub(crate) struct Slot<K> {
     pub(crate) since: Duration,
     /// What it counts against `max_bytes`: nothing once a caller has it.
     pub(crate) charge_bytes: u64,
-    /// The breaker's count of openings when the build began: one incident counts once, however many builds it hit.
+    /// The breaker's count of openings when the build began: one incident counts once, however many builds it
+    /// hit.
     pub(crate) epoch: u64,
     /// Building or parking for a template that is no longer wanted: destroyed as soon as that ends.
     pub(crate) doomed: bool,

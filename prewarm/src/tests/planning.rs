@@ -42,12 +42,12 @@ fn a_held_slot_costs_its_bytes_for_as_long_as_it_is_held() {
     assert!((outcome.byte_seconds - 500.0).abs() < 1e-6, "{}", outcome.byte_seconds);
 }
 
-/// Slots are replaced one for one, and a build on its way is taken over: callers find none idle when at least `n`
-/// replacements are on their way. As every arrival starts one build, that number is M/G/infinity's: Poisson with mean
-/// rate x build time, whatever the distribution of build times.
+/// Slots are replaced one for one, and a build on its way is taken over: callers find none idle when at least
+/// `n` replacements are on their way. As every arrival starts one build, that number is M/G/infinity's:
+/// Poisson with mean rate x build time, whatever the distribution of build times.
 #[test]
 fn the_hit_rate_is_that_of_queueing_theory() {
-    let arrivals = Arrivals { rate_per_s: 400.0, burst: 1.0, count: 40_000, seed: 3 };
+    let arrivals = Arrivals { rate_per_s: 400.0, burst: 1.0, count: 20_000, seed: 3 };
     let trace = arrivals.trace().unwrap();
     let load = 400.0 * 0.01;
     let mut poisson_term = f64::exp(-load);

@@ -34,7 +34,8 @@ fn world() -> World {
     World::new(Limits { max_bytes: 6, max_builds: 2, refill_builds: 1 }, &[kept, asked])
 }
 
-/// Walks all orders, states seen before (at the same depth left, or more) not again. The lines of the picture.
+/// Walks all orders, states seen before (at the same depth left, or more) not again. The lines of the
+/// picture.
 fn walk(depth: usize) -> (usize, BTreeSet<String>) {
     let mut frontier = vec![world()];
     let mut seen = HashSet::new();
