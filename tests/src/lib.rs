@@ -3,10 +3,12 @@
 
 pub mod bare;
 
+use guest_init::ToHost;
 use peregrine::artefacts::{Artefacts, Wanted};
 use peregrine_image::Lines;
-use peregrine_vmm::agent::{Agent, Boot, Command, Output};
+use peregrine_vmm::agent::{Agent, Boot, Command, Grants, Output};
 use peregrine_vmm::{DiskConfig, MicroVm, VmConfig};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::OnceLock;
@@ -104,6 +106,26 @@ impl Guest {
             panic!("{e}; stop reason {:?}; console:\n{}", self.vm.stop_reason(), self.vm.console_text())
         })
     }
+}
+
+/// Takes all output of a running command, and gives its shell's exit code.
+///
+/// # Panics
+/// If the guest is lost.
+pub fn drain(agent: &mut Agent, stream: u32, stdout: &mut Vec<u8>) -> u8 {
+    let (writer, mut grants) = (agent.writer(), Grants::new(stream));
+    let code = agent.pump(|from, message| {
+        match message {
+            ToHost::Stdout(bytes) if from == stream => {
+                stdout.extend_from_slice(bytes);
+                grants.taken(bytes.len(), &writer)?;
+            }
+            ToHost::Exited(exited) if from == stream => return Ok(ControlFlow::Break(exited.shell_code())),
+            _ => {}
+        }
+        Ok(ControlFlow::Continue(()))
+    });
+    code.unwrap_or_else(|e| panic!("{e}"))
 }
 
 /// The release build of the `peregrine` command, built on first use.

@@ -168,6 +168,18 @@ impl Command {
     }
 }
 
+impl AgentState {
+    /// Adds what the connection holds unread, and keeps what is no whole frame.
+    pub(crate) fn add_unread(&mut self, socket: &UnixStream) -> Result<(), AgentError> {
+        self.unread.extend(peek_bytes(socket).map_err(AgentError::Io)?);
+        let mut decoder = Decoder::new(vec![0; self.unread.len().max(FRAME_MAX_BYTES)])?;
+        decoder.push(&self.unread);
+        while decoder.next_frame()?.is_some() {}
+        self.unread = decoder.pending().to_vec();
+        Ok(())
+    }
+}
+
 /// How a command ended, and all it wrote.
 #[derive(Debug)]
 pub struct Output {
@@ -240,16 +252,18 @@ impl Agent {
     /// # Errors
     /// What the guest sent that is no frame.
     pub fn state(&self) -> Result<AgentState, AgentError> {
-        let mut all = self.decoder.pending().to_vec();
-        all.extend(peek_bytes(&self.socket).map_err(AgentError::Io)?);
-        let mut decoder = Decoder::new(vec![0; all.len().max(FRAME_MAX_BYTES)])?;
-        decoder.push(&all);
-        while decoder.next_frame()?.is_some() {}
-        Ok(AgentState {
+        let mut state = self.own_state();
+        state.add_unread(&self.socket)?;
+        Ok(state)
+    }
+
+    /// The part of [`Agent::state`] that is known without looking at the connection.
+    pub(crate) fn own_state(&self) -> AgentState {
+        AgentState {
             next_stream: self.next_stream,
             streams: self.streams.iter().copied().collect(),
-            unread: decoder.pending().to_vec(),
-        })
+            unread: self.decoder.pending().to_vec(),
+        }
     }
 
     /// Gives up waiting for the guest after `timeout` without a byte from it; `None` waits for ever.

@@ -26,6 +26,7 @@ mod sys;
 pub mod vcpu;
 mod vcpu_state;
 pub mod vm;
+pub mod worker;
 
 pub use error::VmmError;
 pub use vm::{DiskConfig, MicroVm, StopReason, VmConfig};

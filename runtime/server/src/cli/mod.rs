@@ -35,6 +35,15 @@ struct Args {
 enum Verb {
     Run(Box<run::RunArgs>),
     Doctor(doctor::DoctorArgs),
+    /// One microVM's process, spoken to over its standard input
+    #[command(hide = true)]
+    Worker,
+}
+
+/// Becomes a worker; returns only if standard input cannot be taken over.
+fn worker() -> Result<u8, CliError> {
+    let control = std::os::fd::AsFd::as_fd(&std::io::stdin()).try_clone_to_owned();
+    peregrine_vmm::worker::serve(control.map_err(CliError::io("cannot take over standard input"))?)
 }
 
 /// Runs the command line of this process.
@@ -43,6 +52,7 @@ pub(crate) fn main() -> ExitCode {
     let result = match args.verb {
         Verb::Run(run) => run::run(&run, args.cache),
         Verb::Doctor(doctor) => doctor::doctor(&doctor, args.cache),
+        Verb::Worker => worker(),
     };
     match result {
         Ok(code) => ExitCode::from(code),

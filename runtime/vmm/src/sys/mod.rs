@@ -7,3 +7,4 @@ pub(crate) mod atomic;
 pub(crate) mod fill;
 pub(crate) mod kick;
 pub(crate) mod kvm;
+pub(crate) mod process;

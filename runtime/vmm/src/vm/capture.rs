@@ -5,6 +5,7 @@ use super::shared::Shared;
 use crate::VmmError;
 use crate::agent::{Agent, AgentError};
 use crate::event_loop;
+use crate::memory::GuestMemory;
 use crate::snapshot::{Compat, MachineState, Snapshot, SnapshotError, digest_memory};
 use crate::vcpu_state::VcpuSnapshot;
 use guest_init::ToGuest;
@@ -82,6 +83,11 @@ impl MicroVm {
 }
 
 impl Paused<'_> {
+    /// The guest's memory: for a child process that builds a microVM over its own copy of it.
+    pub(crate) fn memory(&self) -> GuestMemory {
+        self.microvm.mem.clone()
+    }
+
     /// Everything but memory and disks. The interrupt controllers come last: settling the devices may have raised interrupts.
     ///
     /// # Errors

@@ -56,13 +56,21 @@ impl VmConfig {
     /// # Errors
     /// [`VmmError::Open`] naming the file.
     pub fn open_disks(&self) -> Result<Vec<Disk>, VmmError> {
-        let open = |disk: &DiskConfig| {
-            let file = open("disk", &disk.path, disk.read_only)?;
-            let id = disk.path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into());
-            Ok(Disk { file, read_only: disk.read_only, id })
-        };
-        self.disks.iter().map(open).collect()
+        open_disks(&self.disks)
     }
+}
+
+/// Opens the files behind disks.
+///
+/// # Errors
+/// [`VmmError::Open`] naming the file.
+pub fn open_disks(disks: &[DiskConfig]) -> Result<Vec<Disk>, VmmError> {
+    let open = |disk: &DiskConfig| {
+        let file = open("disk", &disk.path, disk.read_only)?;
+        let id = disk.path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into());
+        Ok(Disk { file, read_only: disk.read_only, id })
+    };
+    disks.iter().map(open).collect()
 }
 
 /// A configuration that was checked, with its files open.

@@ -8,7 +8,7 @@ mod capture;
 mod config;
 mod shared;
 
-pub use config::{CheckedConfig, DiskConfig, MAX_VCPUS, VmConfig, check_size, open_kvm};
+pub use config::{CheckedConfig, DiskConfig, MAX_VCPUS, VmConfig, check_size, open_disks, open_kvm};
 pub(crate) use shared::Shared;
 use shared::lock;
 pub use shared::{Stages, StopReason};
@@ -161,7 +161,8 @@ impl MicroVm {
         Self::restore_in(&stored.snapshot.compat, &stored.snapshot.machine, disks, kvm, mem, start)
     }
 
-    fn restore_in(
+    /// As [`MicroVm::restore`], over memory that is there already.
+    pub(crate) fn restore_in(
         compat: &Compat,
         state: &crate::snapshot::MachineState,
         disks: Vec<Disk>,
@@ -249,6 +250,38 @@ impl MicroVm {
         Ok(())
     }
 
+    /// Whether the guest stands at its freeze point, and will look into its mailbox when it goes on.
+    #[must_use]
+    pub fn is_at_gate(&self) -> bool {
+        self.at_gate.load(Ordering::Relaxed)
+    }
+
+    /// Lets a restored microVM go, with whole frames in its mailbox.
+    ///
+    /// # Errors
+    /// [`VmmError::OutOfRange`] for more than the mailbox holds.
+    pub fn go(&self, frames: &[u8]) -> Result<(), VmmError> {
+        let room = guest_init::GATE_MAILBOX_BYTES;
+        if frames.len() > room {
+            let limit = format!("0 to {room}");
+            return Err(VmmError::OutOfRange { field: "mailbox (bytes)", value: frames.len() as u64, limit });
+        }
+        if !frames.is_empty() {
+            let written = self.mem.write_slice(frames, GuestAddress(layout::MAILBOX));
+            written.map_err(|e| VmmError::Memory(format!("mailbox: {e}")))?;
+        }
+        self.shared.fill_mailbox(frames.len() as u32);
+        self.at_gate.store(false, Ordering::Relaxed);
+        self.run();
+        Ok(())
+    }
+
+    /// When the guest made its first VM exit; waits for it, `timeout` at most.
+    #[must_use]
+    pub fn wait_first_exit(&self, timeout: Duration) -> Option<Instant> {
+        self.shared.wait_first_exit(timeout)
+    }
+
     /// Lets a restored microVM go.
     pub fn run(&self) {
         self.shared.open();
@@ -280,16 +313,12 @@ impl MicroVm {
         let socket = self.event_loop.restored_connection(AGENT_PORT).ok_or(AgentError::Closed)?;
         let mut agent = Agent::resume(socket, &saved)?;
         agent.set_timeout(Some(timeout))?;
-        let frame = Agent::adopt_frame(identity)?;
-        if self.at_gate.swap(false, Ordering::Relaxed) {
-            let written = self.mem.write_slice(&frame, GuestAddress(layout::MAILBOX));
-            written.map_err(|e| AgentError::Io(io::Error::other(e)))?;
-            // One frame, at most FRAME_MAX_BYTES.
-            self.shared.fill_mailbox(frame.len() as u32);
-        } else {
+        let mut frame = Agent::adopt_frame(identity)?;
+        if !self.is_at_gate() {
             agent.send_frame(&frame)?;
+            frame.clear();
         }
-        self.run();
+        self.go(&frame).map_err(|e| AgentError::Io(io::Error::other(e)))?;
         agent.end_adopt()?;
         agent.set_timeout(None)?;
         Ok(agent)

@@ -83,6 +83,7 @@ pub(crate) struct Shared {
     pub(super) doorbell: Mutex<doorbell::Counters>,
     pub(super) entered: Mutex<Option<Instant>>,
     pub(super) first_exit: Mutex<Option<Instant>>,
+    exited: Condvar,
     sampling: AtomicBool,
     pub(super) samples: Mutex<Samples>,
     pub(super) on_stop: Mutex<Option<Box<dyn FnOnce() + Send>>>,
@@ -110,6 +111,7 @@ impl Shared {
             doorbell: Mutex::new(doorbell::Counters::default()),
             entered: Mutex::new(None),
             first_exit: Mutex::new(None),
+            exited: Condvar::new(),
             sampling: AtomicBool::new(false),
             samples: Mutex::new(Samples::default()),
             on_stop: Mutex::new(None),
@@ -130,6 +132,15 @@ impl Shared {
 
     pub(crate) fn note_first_exit(&self) {
         lock(&self.first_exit).get_or_insert_with(Instant::now);
+        self.exited.notify_all();
+    }
+
+    pub(super) fn wait_first_exit(&self, timeout: Duration) -> Option<Instant> {
+        let guard = lock(&self.first_exit);
+        let waiting = |exit: &mut Option<Instant>| exit.is_none();
+        let (exit, _) =
+            self.exited.wait_timeout_while(guard, timeout, waiting).unwrap_or_else(PoisonError::into_inner);
+        *exit
     }
 
     /// Whether vCPU threads must come to the gate.

@@ -1,0 +1,39 @@
+//! Workers: one process per microVM, spawned ahead of need.
+//!
+//! ```text
+//!            Prepare           Go               Fork
+//!   empty ------------> parked -----> running ---------> running + children, parked
+//!                                        |
+//!                     the owner's end closes: the process ends, and its guest with it
+//! ```
+//!
+//! The owner ([`Worker`]) and the process ([`serve`]) speak over a SOCK_SEQPACKET socket. The conversation with the guest's
+//! agent is the owner's: the worker passes it the connection. A live fork is fork(2) of this process: the kernel's
+//! copy-on-write is the mechanism, no memory is dumped, and the parent's guest stands still for the fork alone.
+//!
+//! May touch: its microVM, its control socket. Must not: decide anything; that is the pool's and the service's.
+
+mod client;
+mod process;
+mod wire;
+
+pub use client::{Fork, Going, MOST_CHILDREN, Parked, Worker, WorkerError};
+pub use process::serve;
+
+use serde::{Deserialize, Serialize};
+
+/// What a worker's guest has cost so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WorkerStats {
+    /// Guest instructions that KVM emulated, where KVM counts them.
+    pub emulated_instructions: Option<u64>,
+    /// VM exits, where KVM counts them.
+    pub exits: Option<u64>,
+}
+
+/// CLOCK_MONOTONIC, which is the same in every process of a host.
+#[must_use]
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}

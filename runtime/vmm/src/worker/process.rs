@@ -1,0 +1,199 @@
+//! The worker's process: one control thread, and the threads of its microVM.
+
+use super::wire::{Reply, Request, receive, send};
+use super::{WorkerStats, monotonic_ns};
+use crate::VmmError;
+use crate::agent::AGENT_PORT;
+use crate::devices::Disk;
+use crate::snapshot::{AgentState, Compat, MachineState, Stored};
+use crate::sys::process::{Forked, close_all_but, exit_now, fork, ignore_children};
+use crate::vm::{DiskConfig, MicroVm, open_disks, open_kvm};
+use std::io;
+use std::mem::ManuallyDrop;
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+/// How long `Go` waits for the guest's first VM exit: a guest that computes makes none.
+const FIRST_EXIT_PATIENCE: Duration = Duration::from_secs(1);
+
+/// A guest and what is needed to clone it.
+struct Sandbox {
+    vm: MicroVm,
+    compat: Compat,
+    disks: Vec<Disk>,
+    /// A second descriptor of the agent's connection: to see what its reader has not read when the guest is forked.
+    agent: UnixStream,
+}
+
+/// Serves one owner until it goes away. Ends the process, so that nothing can be left of its guest.
+pub fn serve(control: OwnedFd) -> ! {
+    ignore_children();
+    serve_with(control, None)
+}
+
+fn serve_with(control: OwnedFd, mut sandbox: Option<Sandbox>) -> ! {
+    loop {
+        // The owner has gone, or broken its word: the guest goes too.
+        let Ok((request, fds)) = receive::<Request>(&control) else { exit_now(0) };
+        let decoded_ns = monotonic_ns();
+        let answered = match (request, &mut sandbox) {
+            (Request::Prepare { dir, disks }, slot @ None) => match prepare(&dir, &disks) {
+                Ok((prepared, reply, connection)) => {
+                    *slot = Some(prepared);
+                    send(&control, &reply, &[connection.as_fd()])
+                }
+                Err(error) => send(&control, &Reply::Failed(error.to_string()), &[]),
+            },
+            (Request::Go { mailbox }, Some(sandbox)) => {
+                send(&control, &go(sandbox, &mailbox, decoded_ns), &[])
+            }
+            (Request::Fork { children, agent }, Some(sandbox)) => {
+                // What comes with the message are the children's control sockets.
+                let reply = if fds.len() == children as usize && children > 0 {
+                    fork_guest(sandbox, fds, agent, decoded_ns)
+                        .unwrap_or_else(|e| Reply::Failed(e.to_string()))
+                } else {
+                    Reply::Failed(format!("{} control sockets for {children} children", fds.len()))
+                };
+                send(&control, &reply, &[])
+            }
+            (Request::Stats, Some(sandbox)) => {
+                let stats = WorkerStats {
+                    emulated_instructions: sandbox.vm.emulated_instructions(),
+                    exits: sandbox.vm.exits(),
+                };
+                send(&control, &Reply::Stats(stats), &[])
+            }
+            (request, _) => send(&control, &Reply::Failed(format!("out of turn: {request:?}")), &[]),
+        };
+        if answered.is_err() {
+            exit_now(0);
+        }
+    }
+}
+
+fn prepare(
+    dir: &std::path::Path,
+    disks: &[(std::path::PathBuf, bool)],
+) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
+    let stored = Stored::open(dir)?;
+    let configs: Vec<_> = disks
+        .iter()
+        .map(|(path, read_only)| DiskConfig { path: path.clone(), read_only: *read_only })
+        .collect();
+    let disks = open_disks(&configs)?;
+    let vm = MicroVm::restore(&stored, duplicates(&disks)?, &open_kvm()?)?;
+    ready(vm, stored.snapshot.compat.clone(), disks, stored.snapshot.machine.agent.clone())
+}
+
+/// The parked guest, what to say of it, and its agent's connection.
+fn ready(
+    vm: MicroVm,
+    compat: Compat,
+    disks: Vec<Disk>,
+    agent: AgentState,
+) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
+    let lost = || VmmError::Agent("the snapshot has none".to_owned());
+    let connection = vm.event_loop().restored_connection(AGENT_PORT).ok_or_else(lost)?;
+    let second = connection.try_clone().map_err(os("cannot duplicate a descriptor"))?;
+    let reply = Reply::Ready { pid: std::process::id(), agent, at_gate: vm.is_at_gate() };
+    Ok((Sandbox { vm, compat, disks, agent: second }, reply, connection))
+}
+
+fn duplicates(disks: &[Disk]) -> Result<Vec<Disk>, VmmError> {
+    let duplicate = |disk: &Disk| {
+        let file = disk.file.try_clone().map_err(os("cannot duplicate a descriptor"))?;
+        Ok(Disk { file, read_only: disk.read_only, id: disk.id.clone() })
+    };
+    disks.iter().map(duplicate).collect()
+}
+
+fn os(what: &'static str) -> impl FnOnce(io::Error) -> VmmError {
+    move |source| VmmError::Os { what, source }
+}
+
+fn go(sandbox: &Sandbox, mailbox: &[u8], decoded_ns: u64) -> Reply {
+    if let Err(error) = sandbox.vm.go(mailbox) {
+        return Reply::Failed(error.to_string());
+    }
+    let first = sandbox.vm.wait_first_exit(FIRST_EXIT_PATIENCE);
+    // Both clocks are the same; an `Instant` just does not say its number.
+    let ago = |at: Instant| u64::try_from(at.elapsed().as_nanos()).unwrap_or(0);
+    let first_exit_ns = first.map_or(0, |at| monotonic_ns() - ago(at));
+    Reply::Going { decoded_ns, first_exit_ns }
+}
+
+/// Forks the guest. The first child makes the others, from its own copy, so that this guest stands still for one fork
+/// however many are wanted.
+fn fork_guest(
+    sandbox: &mut Sandbox,
+    sockets: Vec<OwnedFd>,
+    mut agent: AgentState,
+    decoded_ns: u64,
+) -> Result<Reply, VmmError> {
+    if let Some(disk) = sandbox.disks.iter().find(|disk| !disk.read_only) {
+        return Err(VmmError::Agent(format!("disk {} is writable, and two guests cannot share it", disk.id)));
+    }
+    let paused = sandbox.vm.pause()?;
+    let stopped_ns = monotonic_ns();
+    // Nothing moves any more: what the owner had not read is the rest of the conversation.
+    agent.add_unread(&sandbox.agent).map_err(|e| VmmError::Agent(e.to_string()))?;
+    let mut machine = paused.capture(None)?;
+    machine.agent = agent;
+    // The child uses this thread's own data only, leaks the microVM and never waits for its threads.
+    match fork().map_err(os("fork"))? {
+        Forked::Parent => {
+            drop(paused);
+            Ok(Reply::Forked { decoded_ns, stopped_ns, resumed_ns: monotonic_ns() })
+        }
+        Forked::Child => become_children(ManuallyDrop::new(paused).memory(), sandbox, machine, sockets),
+    }
+}
+
+/// In the first child: makes its siblings, then goes on as a worker of its own.
+fn become_children(
+    mem: crate::memory::GuestMemory,
+    sandbox: &Sandbox,
+    machine: MachineState,
+    sockets: Vec<OwnedFd>,
+) -> ! {
+    let mut sockets = ManuallyDrop::new(sockets);
+    let Some(mut mine) = sockets.pop() else { exit_now(1) };
+    while let Some(next) = sockets.pop() {
+        match fork() {
+            Ok(Forked::Child) => {
+                mine = next;
+                break;
+            }
+            // The owner sees that this child's socket closes.
+            Ok(Forked::Parent) | Err(_) => drop(next),
+        }
+    }
+    let keep: Vec<_> =
+        sandbox.disks.iter().map(|disk| disk.file.as_raw_fd()).chain([mine.as_raw_fd()]).collect();
+    // What else is open belongs to the parent's microVM, which is leaked here: this function never returns.
+    close_all_but(&keep);
+    match rebuild(mem, sandbox, &machine) {
+        Ok((sandbox, reply, connection)) => {
+            let _ = send(&mine, &reply, &[connection.as_fd()]);
+            drop(connection);
+            serve_with(mine, Some(sandbox))
+        }
+        Err(error) => {
+            let _ = send(&mine, &Reply::Failed(error.to_string()), &[]);
+            exit_now(1)
+        }
+    }
+}
+
+fn rebuild(
+    mem: crate::memory::GuestMemory,
+    parent: &Sandbox,
+    machine: &MachineState,
+) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
+    let disks = duplicates(&parent.disks)?;
+    let vm =
+        MicroVm::restore_in(&parent.compat, machine, duplicates(&disks)?, &open_kvm()?, mem, Instant::now())?;
+    ready(vm, parent.compat.clone(), disks, machine.agent.clone())
+}

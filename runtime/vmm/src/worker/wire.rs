@@ -1,0 +1,114 @@
+//! What a worker and its owner say to each other: one message, one packet of a SOCK_SEQPACKET socket, with descriptors.
+
+use crate::snapshot::AgentState;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags,
+};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+
+/// Longest message.
+const MESSAGE_BYTES: usize = 128 * 1024;
+/// Most descriptors in a message (SCM_MAX_FD is 253).
+pub(crate) const MOST_FDS: usize = 250;
+
+/// What the owner asks for.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Request {
+    /// Restore a snapshot and stand still. Its memory has been verified by the owner.
+    Prepare {
+        /// The snapshot's directory.
+        dir: PathBuf,
+        /// Path and read-only flag of each disk.
+        disks: Vec<(PathBuf, bool)>,
+    },
+    /// Let the guest go. What is not empty is left in its mailbox.
+    Go {
+        /// Whole frames for the agent.
+        mailbox: Vec<u8>,
+    },
+    /// Fork the running guest.
+    Fork {
+        /// How many children: their control sockets come with the message.
+        children: u32,
+        /// The owner's part of the conversation with the agent.
+        agent: AgentState,
+    },
+    /// Counters.
+    Stats,
+}
+
+/// What the worker answers.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Reply {
+    /// A guest stands ready. Its agent's connection comes with the message.
+    Ready {
+        /// The worker's process.
+        pid: u32,
+        /// Where the conversation with the agent stands.
+        agent: AgentState,
+        /// The guest takes its first frames from the mailbox.
+        at_gate: bool,
+    },
+    /// The guest runs.
+    Going {
+        /// When the request had been decoded.
+        decoded_ns: u64,
+        /// When the guest made its first VM exit; 0 if it had not within a second.
+        first_exit_ns: u64,
+    },
+    /// The guest was forked; each child says `Ready` on its own socket.
+    Forked {
+        /// When the request had been decoded.
+        decoded_ns: u64,
+        /// When the vCPUs had been told to stop.
+        stopped_ns: u64,
+        /// When they were let go again.
+        resumed_ns: u64,
+    },
+    /// See [`super::WorkerStats`].
+    Stats(super::WorkerStats),
+    /// It could not be done; the guest is as it was before.
+    Failed(String),
+}
+
+/// Sends one message.
+pub(crate) fn send(socket: &OwnedFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let bytes = postcard::to_stdvec(message).map_err(io::Error::other)?;
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+        return Err(io::Error::other("too many descriptors"));
+    }
+    let sent = rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)?;
+    if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
+}
+
+/// Receives one message; `UnexpectedEof` when the other end has gone.
+pub(crate) fn receive<T: DeserializeOwned>(socket: &OwnedFd) -> io::Result<(T, Vec<OwnedFd>)> {
+    let mut bytes = vec![0; MESSAGE_BYTES];
+    let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let received = loop {
+        match rustix::net::recvmsg(socket.as_fd(), &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
+            Err(rustix::io::Errno::INTR) => {}
+            other => break other?,
+        }
+    };
+    if received.bytes == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    let fds = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(fds) => Some(fds),
+        _ => None,
+    });
+    let fds = fds.flatten().collect();
+    let message = postcard::from_bytes(&bytes[..received.bytes]).map_err(io::Error::other)?;
+    Ok((message, fds))
+}
