@@ -42,8 +42,7 @@ const ITEMS: &[Item] = &[
 ];
 
 /// Kernel parameters that switch the levers of software KVM off. The later word wins.
-pub const LEVERS_OFF: &str =
-    "bulk_memory=0 file_around=0,0 cow_around=0 pelt_step=1 tick_stretch=1 peregrine.thp=0 peregrine.batch=0";
+pub const LEVERS_OFF: &str = "bulk_memory=0 file_around=0,0 cow_around=0 pipe_runs=0 pelt_step=1 tick_stretch=1 peregrine.thp=0 peregrine.batch=0";
 
 /// Builds guestbench with rustc, once, beside the other build products.
 ///

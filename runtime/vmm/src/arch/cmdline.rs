@@ -38,6 +38,8 @@ const SOFTWARE_KVM: &[&str] = &[
     // A fault on a file costs 2,000 instructions and more: read and map files in large windows, and copy the
     // data segments of programs in windows too (KiB).
     "file_around=512,128 cow_around=128",
+    // 64 KiB through a pipe: one copy in and one out, not sixteen.
+    "pipe_runs=16",
     // Load averages of the scheduler: each 32 ms, not at each event.
     "pelt_step=32000",
     // Write-protecting the kernel's own text splits mappings, a million instructions at boot. The sandbox's wall
