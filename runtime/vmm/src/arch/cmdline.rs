@@ -27,8 +27,9 @@ const ALWAYS: &[&str] = &[
 
 /// Parameters for hosts whose KVM emulates guest ring 0.
 const SOFTWARE_KVM: &[&str] = &[
-    // `syscall` arrives there as a fault in ring 3 at the entry point; our first kernel patch routes it.
-    "syscall_by_fault",
+    // `syscall` arrives there as a fault in ring 3 at the entry point; our first kernel patch routes it, a later
+    // one by half of the instructions.
+    "syscall_by_fault=short",
     // A tick is 1.6 ms there: one each 50 ms while a CPU is busy.
     "tick_stretch=5",
     // Huge pages: a fault costs 2 ms whatever its size. The agent switches them on.
