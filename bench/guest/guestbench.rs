@@ -1,7 +1,8 @@
 //! What guest-kernel work costs, measured from inside: `guestbench ITEM [N]` does ITEM N times and prints the
 //! nanoseconds of each, one a line. The host counts the emulated instructions beside it.
 //!
-//! Built by the suite with rustc alone, as one static file; the few C functions it needs are declared here.
+//! Built by the suite with rustc alone, as one static file; the few C functions it needs are declared here. Beside
+//! it, as `PATH-exits`, lies the program of `exits.rs`.
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::hint::black_box;
@@ -176,7 +177,8 @@ fn measure(item: &str, n: usize) -> Option<Vec<u64>> {
         "huge-64mib" => (0..n).map(|_| touch(64 << 20, true)).collect(),
         "fork" => repeat(n, fork_and_exit),
         "vfork" => repeat(n, vfork_and_exit),
-        "spawn-static" => repeat(n, || spawn(&own, &["nothing"])),
+        "spawn-static" => repeat(n, || spawn(&format!("{own}-exits"), &[])),
+        "spawn-std" => repeat(n, || spawn(&own, &["nothing"])),
         "spawn-dynamic" => repeat(n, || spawn("/usr/bin/true", &[])),
         "pipe-1mib" => repeat(n, pipe_copy),
         "switch" => switches(n),

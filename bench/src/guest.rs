@@ -31,7 +31,13 @@ const ITEMS: &[Item] = &[
     item("huge-64mib", "the same, 64 MiB in all, MADV_HUGEPAGE", 3, None),
     item("fork", "fork, exit of the child, wait; small process", 10, Some(250.0)),
     item("vfork", "vfork, exit of the child, wait", 10, None),
-    item("spawn-static", "posix_spawn of a static program that exits, wait", 10, Some(120.0)),
+    item(
+        "spawn-static",
+        "posix_spawn from tmpfs of a static program that is nothing but exit_group (no libc), wait",
+        10,
+        Some(120.0),
+    ),
+    item("spawn-std", "the same of a static program with Rust's and glibc's start-up, 1.3 MiB", 10, None),
     item("spawn-dynamic", "posix_spawn of /usr/bin/true, wait", 5, None),
     item("pipe-1mib", "1 MiB into a pipe and out again, 64 KiB at a time", 10, Some(30.0)),
     item("switch", "one byte to a child and back over pipes: two switches, four calls", 50, None),
@@ -42,20 +48,31 @@ const ITEMS: &[Item] = &[
 ];
 
 /// Kernel parameters that switch the levers of software KVM off. The later word wins.
-pub const LEVERS_OFF: &str =
-    "bulk_memory=0 file_around=0,0 cow_around=0 pelt_step=1 tick_stretch=1 peregrine.thp=0 peregrine.batch=0";
+pub const LEVERS_OFF: &str = "syscall_by_fault bulk_memory=0 file_around=0,0 cow_around=0 pipe_runs=0 \
+                              pelt_step=1 tick_stretch=1 peregrine.thp=0 peregrine.batch=0";
 
-/// Builds guestbench with rustc, once, beside the other build products.
+/// Builds a program of `bench/guest` with rustc, beside the other build products.
+fn build(name: &str, flags: &[&str]) -> Result<PathBuf, Box<dyn Error>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let (out, source) = (root.join("../target").join(name), root.join(format!("guest/{name}.rs")));
+    let common = ["--edition=2024", "-O", "-Cstrip=symbols", "-Cpanic=abort"];
+    let status =
+        process::Command::new("rustc").args(common).args(flags).arg("-o").arg(&out).arg(source).status()?;
+    if status.success() { Ok(out) } else { Err(format!("rustc {name}: {status}").into()) }
+}
+
+/// Builds guestbench and the program that it spawns.
 ///
 /// # Errors
 /// If rustc is missing or refuses.
-pub fn program() -> Result<PathBuf, Box<dyn Error>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let out = root.join("../target/guestbench");
-    let flags = ["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-Cpanic=abort"];
-    let source = root.join("guest/guestbench.rs");
-    let status = process::Command::new("rustc").args(flags).arg("-o").arg(&out).arg(source).status()?;
-    if status.success() { Ok(out) } else { Err(format!("rustc: {status}").into()) }
+pub fn programs() -> Result<[PathBuf; 2], Box<dyn Error>> {
+    let bare = [
+        "-Clink-arg=-nostartfiles",
+        "-Clink-arg=-nostdlib",
+        "-Clink-arg=-static",
+        "-Crelocation-model=static",
+    ];
+    Ok([build("guestbench", &["-Ctarget-feature=+crt-static"])?, build("exits", &bare)?])
 }
 
 struct Bench {
@@ -68,9 +85,10 @@ impl Bench {
         let vm = MicroVm::boot(config.check()?)?;
         let (agent, _) = vm.connect_agent(TIMEOUT)?;
         let mut bench = Self { vm, agent };
-        let bytes = std::fs::read(program()?)?;
-        let install = Command::new(&["/bin/sh", "-c", "cat > /tmp/guestbench && chmod +x /tmp/guestbench"]);
-        bench.agent.output(&install, &bytes)?;
+        for (program, at) in programs()?.iter().zip(["/tmp/guestbench", "/tmp/guestbench-exits"]) {
+            let script = format!("cat > {at} && chmod +x {at}");
+            bench.agent.output(&Command::new(&["/bin/sh", "-c", &script]), &std::fs::read(program)?)?;
+        }
         Ok(bench)
     }
 

@@ -27,8 +27,9 @@ const ALWAYS: &[&str] = &[
 
 /// Parameters for hosts whose KVM emulates guest ring 0.
 const SOFTWARE_KVM: &[&str] = &[
-    // `syscall` arrives there as a fault in ring 3 at the entry point; our first kernel patch routes it.
-    "syscall_by_fault",
+    // `syscall` arrives there as a fault in ring 3 at the entry point; our first kernel patch routes it, a later
+    // one by half of the instructions.
+    "syscall_by_fault=short",
     // The TSC is the host's own there and cannot be offset: a restored guest's clock would make up for all the time since its
     // template was frozen, second by second. kvm-clock goes on where it stood.
     "clocksource=kvm-clock",
@@ -43,6 +44,8 @@ const SOFTWARE_KVM: &[&str] = &[
     // A fault on a file costs 2,000 instructions and more: read and map files in large windows, and copy the
     // data segments of programs in windows too (KiB).
     "file_around=512,128 cow_around=128",
+    // 64 KiB through a pipe: one copy in and one out, not sixteen.
+    "pipe_runs=16",
     // Load averages of the scheduler: each 32 ms, not at each event.
     "pelt_step=32000",
     // Write-protecting the kernel's own text splits mappings, a million instructions at boot. The sandbox's wall
