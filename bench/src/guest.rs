@@ -47,7 +47,7 @@ const ITEMS: &[Item] = &[
     item("python-50mb", "posix_spawn of python3 that fills a bytes object of 50 MB, wait", 2, Some(1500.0)),
 ];
 
-/// Kernel parameters that switch the levers of software KVM off. The later word wins.
+/// Kernel parameters that switch the levers of software KVM off: the later word wins, and `bulk_memory=` replaces ours.
 pub const LEVERS_OFF: &str = "syscall_by_fault bulk_memory=0 file_around=0,0 cow_around=0 pipe_runs=0 \
                               pelt_step=1 tick_stretch=1 peregrine.thp=0 peregrine.batch=0";
 
@@ -122,6 +122,10 @@ pub fn suite(artefacts: &Artefacts, quick: bool) -> Result<Vec<Recorder>, Box<dy
             eprintln!("guestbench {} ({variant})", item.name);
             let (samples, emulated) = bench.run(item.name, item.n)?;
             rows.extend(record(item, variant, &samples, emulated.saturating_sub(overhead)));
+        }
+        let calls = bench.vm.doorbell().calls;
+        if *parameters == LEVERS_OFF && calls > 0 {
+            return Err(format!("{calls} doorbell calls with the {variant}").into());
         }
     }
     Ok(rows)

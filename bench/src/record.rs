@@ -145,7 +145,7 @@ pub fn markdown(rows: &[Row], before: &[Row], machine: &Machine) -> String {
     );
     out += "| promise | variant | unit | n | p50 | p99 | p99.9 | goal p50 | p50 before |\n";
     out += "|---|---|---|---|---|---|---|---|---|\n";
-    for r in rows {
+    for r in beside_each_other(rows) {
         let goal = r.goal_p50.map_or_else(|| "-".to_owned(), |g| format!("{g}"));
         let same = |b: &&Row| b.promise == r.promise && b.variant == r.variant && b.host_kind == r.host_kind;
         let previous = before.iter().find(same).map_or_else(|| "-".to_owned(), |b| format!("{:.3}", b.p50));
@@ -163,6 +163,13 @@ pub fn markdown(rows: &[Row], before: &[Row], machine: &Machine) -> String {
         }
     }
     out
+}
+
+/// The rows with all variants of a promise together, in the order in which promises first appear.
+fn beside_each_other(rows: &[Row]) -> Vec<&Row> {
+    let mut sorted: Vec<&Row> = rows.iter().collect();
+    sorted.sort_by_key(|row| rows.iter().position(|first| first.promise == row.promise));
+    sorted
 }
 
 #[cfg(test)]
@@ -199,5 +206,18 @@ mod tests {
         let text = markdown(&[row.clone(), row.clone()], &[Row { p50: 7.0, ..row }], &machine);
         assert_eq!(text.matches("a to b").count(), 1);
         assert!(text.contains("| 7.000 |"), "{text}");
+    }
+
+    #[test]
+    fn variants_of_a_promise_stand_beside_each_other() {
+        let machine = Machine::of_this_host();
+        let row = |name: &str, variant: &str| {
+            let promise = Promise { name: name.to_owned(), ..promise() };
+            Recorder::new(promise, variant, Unit::Milliseconds).row(&machine)
+        };
+        let rows = [row("b", "on"), row("a", "on"), row("b", "off"), row("a", "off")];
+        let sorted: Vec<_> =
+            beside_each_other(&rows).into_iter().map(|r| (&*r.promise, &*r.variant)).collect();
+        assert_eq!(sorted, [("b", "on"), ("b", "off"), ("a", "on"), ("a", "off")]);
     }
 }

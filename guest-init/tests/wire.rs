@@ -54,7 +54,7 @@ fn the_bytes_to_the_guest_are_these() {
          03000000413d6200"
     );
     let adopt = Adopt { entropy: &[0xaa, 0xbb, 0xcc], wall_clock_ns: 0x1122_3344_5566_7788, hostname: b"vm" };
-    let cases: [(ToGuest<'_>, &str); 9] = [
+    let cases: [(ToGuest<'_>, &str); 10] = [
         (ToGuest::Stdin(b"hi"), "0200000007000000020000006869"),
         (ToGuest::StdinEof, "030000000700000000000000"),
         (ToGuest::Signal { signo: 15 }, "0400000007000000040000000f000000"),

@@ -11,7 +11,7 @@ use peregrine_vmm::{DiskConfig, MicroVm, VmConfig};
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::process;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 /// Longer than any boot, however loaded the machine is.
@@ -97,6 +97,19 @@ impl Guest {
         self.run(&["/bin/sh", "-c", script], b"")
     }
 
+    /// Puts a file of the host into the guest's `/tmp`, to be run.
+    ///
+    /// # Panics
+    /// If it cannot be read, or the guest does not take it.
+    pub fn install(&mut self, program: &Path) -> String {
+        let name = program.file_name().unwrap_or_else(|| panic!("{}", program.display())).to_string_lossy();
+        let path = format!("/tmp/{name}");
+        let bytes = std::fs::read(program).unwrap_or_else(|e| panic!("{}: {e}", program.display()));
+        let output = self.run(&["/bin/sh", "-c", &format!("cat > {path} && chmod +x {path}")], &bytes);
+        assert_eq!(output.code(), 0, "{}", String::from_utf8_lossy(&output.stderr));
+        path
+    }
+
     /// Runs a command in the guest with `stdin`.
     ///
     /// # Panics
@@ -126,6 +139,27 @@ pub fn drain(agent: &mut Agent, stream: u32, stdout: &mut Vec<u8>) -> u8 {
         Ok(ControlFlow::Continue(()))
     });
     code.unwrap_or_else(|e| panic!("{e}"))
+}
+
+/// A program of `tests/guest`, built once with rustc alone as one static file that runs here and in a guest.
+///
+/// # Panics
+/// If rustc is missing or refuses.
+#[must_use]
+pub fn program(name: &str) -> PathBuf {
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+    let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let directory = root.join("../target/guest-programs");
+    std::fs::create_dir_all(&directory).unwrap_or_else(|e| panic!("{}: {e}", directory.display()));
+    let flags = ["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-Cpanic=abort"];
+    // Another test binary may be running the last one, so a new file takes its place.
+    let (program, new) = (directory.join(name), directory.join(format!("{name}.{}", process::id())));
+    let source = root.join(format!("guest/{name}.rs"));
+    let status = process::Command::new("rustc").args(flags).arg("-o").arg(&new).arg(source).status();
+    assert!(status.is_ok_and(|s| s.success()), "rustc does not build {name}");
+    std::fs::rename(&new, &program).unwrap_or_else(|e| panic!("{}: {e}", program.display()));
+    program
 }
 
 /// The release build of the `peregrine` command, built on first use.

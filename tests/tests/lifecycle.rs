@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use sha2::{Digest, Sha256};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command as HostCommand;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use tests::{Guest, config, kvm_or_skip};
@@ -131,28 +131,14 @@ fn two_vcpus_are_two_processors() {
     assert_eq!(said("nproc"), "2");
 }
 
-/// Builds the guest program of `tests/guest/NAME.rs`.
-fn build(name: &str) -> PathBuf {
-    let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
-    let source = format!("{}/guest/{name}.rs", env!("CARGO_MANIFEST_DIR"));
-    let flags = ["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-Cpanic=abort"];
-    let status = HostCommand::new("rustc").args(flags).arg("-o").arg(&program).arg(source).status().unwrap();
-    assert!(status.success());
-    program
-}
-
-/// The guest program of `tests/guest/registers.rs`, built once.
+/// The program of `tests/guest/registers.rs`, built once and put into the guest.
 fn registers() -> &'static PathBuf {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| build("registers"))
-}
-
-/// Puts a program into the guest's `/tmp`.
-fn install(program: &Path) {
-    let at = format!("/tmp/{}", program.file_name().unwrap().to_str().unwrap());
-    let script = format!("cat > {at} && chmod +x {at}");
-    let output = guest().run(&["/bin/sh", "-c", &script], &std::fs::read(program).unwrap());
-    assert_eq!(output.code(), 0);
+    PROGRAM.get_or_init(|| {
+        let program = tests::program("registers");
+        guest().install(&program);
+        program
+    })
 }
 
 #[test]
@@ -160,7 +146,7 @@ fn vector_registers_survive_two_thousand_context_switches() {
     if !kvm_or_skip("vector_registers_survive_two_thousand_context_switches") {
         return;
     }
-    install(registers());
+    registers();
     let text = said("/tmp/registers switch 2000");
     let numbers: Vec<u64> = text.split_whitespace().map(|n| n.parse().unwrap()).collect();
     assert!(numbers[0] >= 2000, "{} context switches are too few", numbers[0]);
@@ -174,7 +160,6 @@ fn vectorised_work_gives_the_hosts_bytes() {
     if !kvm_or_skip("vectorised_work_gives_the_hosts_bytes") {
         return;
     }
-    install(registers());
     let host = HostCommand::new(registers()).arg("work").output().unwrap();
     assert_eq!(said("/tmp/registers work"), String::from_utf8_lossy(&host.stdout).trim());
 }
@@ -184,8 +169,8 @@ fn pipes_return_what_the_hosts_pipes_return() {
     if !kvm_or_skip("pipes_return_what_the_hosts_pipes_return") {
         return;
     }
-    let pipes = build("pipes");
-    install(&pipes);
+    let pipes = tests::program("pipes");
+    guest().install(&pipes);
     let host = HostCommand::new(&pipes).output().unwrap();
     assert!(host.status.success(), "{}", String::from_utf8_lossy(&host.stderr));
     assert_eq!(said("/tmp/pipes"), String::from_utf8_lossy(&host.stdout).trim());

@@ -67,6 +67,22 @@ fn streams_environment_and_exit_code_pass_through() {
     assert_eq!(output.status.code(), Some(42));
 }
 
+#[test]
+fn a_guest_profile_is_stacks_that_begin_where_the_kernel_is_entered() {
+    if !kvm_or_skip("a_guest_profile_is_stacks_that_begin_where_the_kernel_is_entered") {
+        return;
+    }
+    let _turn = turn();
+    let dir = tempfile::tempdir().unwrap();
+    let graph = dir.path().join("guest.svg");
+    let output = run(&["--profile-guest", graph.to_str().unwrap(), "--", "cat", "/usr/bin/bash"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let svg = std::fs::read_to_string(&graph).unwrap();
+    for frame in ["common_startup_64", "start_kernel", "entry_SYSCALL_64_after_hwframe", "do_syscall_64"] {
+        assert!(svg.contains(&format!("<title>{frame} (")), "no {frame} in the flame graph");
+    }
+}
+
 /// Waits until the command has said `ready`, then sends it SIGINT, `times` times.
 fn interrupt(mut child: Child, times: u32) -> Output {
     use std::io::Read as _;

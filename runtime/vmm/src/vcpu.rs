@@ -5,13 +5,14 @@
 
 use crate::VmmError;
 use crate::arch::{boot, layout};
-use crate::assist::{self, HostCpu};
+use crate::assist::{self, Access, HostCpu, Paging};
 use crate::assist_state::{VcpuState, share_registers};
 use crate::console::Console;
 use crate::doorbell;
 use crate::event_loop::Bus;
 
 use crate::memory::GuestMemory;
+use crate::profile;
 use crate::sys::{kick, kvm as raw};
 use crate::vcpu_state::VcpuSnapshot;
 use crate::vm::{Shared, StopReason};
@@ -19,6 +20,7 @@ use guest_init::GATE_FREEZE;
 use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use std::sync::Arc;
+use vm_memory::{Bytes as _, GuestAddress};
 
 /// Port of the keyboard controller's command register: Linux resets through it (`reboot=k`).
 const RESET_PORT: u16 = 0x64;
@@ -264,7 +266,29 @@ impl Vcpu {
             && self.shared.sampling()
             && let (Ok(regs), Ok(sregs)) = (self.fd.get_regs(), self.fd.get_sregs())
         {
-            self.shared.sample(sregs.cs.dpl == 0 && sregs.ss.dpl == 0, regs.rip);
+            let kernel = sregs.cs.dpl == 0 && sregs.ss.dpl == 0;
+            let stack = if kernel { self.stack(regs.rsp) } else { Vec::new() };
+            let words = stack.chunks_exact(8).map(|word| word.try_into().map_or(0, u64::from_le_bytes));
+            self.shared.sample(kernel, regs.rip, words);
+        }
+    }
+
+    /// The rest of the kernel stack that RSP points into: to the next multiple of its size.
+    fn stack(&mut self, rsp: u64) -> Vec<u8> {
+        const STACK_BYTES: u64 = profile::MOST_WORDS as u64 * 8;
+        let start = rsp & !7;
+        let left = STACK_BYTES - start % STACK_BYTES;
+        let mut state = VcpuState::load(&mut self.fd, &mut self.xsave);
+        let Ok(paging) = Paging::new(&mut state, &self.host, &self.mem) else {
+            return Vec::new();
+        };
+        let Some((gpa, mapped)) = paging.reach(start, Access::Read) else {
+            return Vec::new();
+        };
+        let mut bytes = vec![0; left.min(mapped) as usize];
+        match self.mem.read_slice(&mut bytes, GuestAddress(gpa)) {
+            Ok(()) => bytes,
+            Err(_) => Vec::new(),
         }
     }
 

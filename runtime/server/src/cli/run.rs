@@ -71,7 +71,10 @@ pub(crate) struct RunArgs {
     /// Boot the guest instead of restoring its template; implied by --console
     #[arg(long)]
     boot: bool,
-    /// Sample the guest kernel while it runs (with --boot, from its first instruction on); write folded stacks for a flame graph
+    /// Sample the guest kernel while it runs (with --boot, from its first instruction on); write a flame graph if FILE ends in
+    /// .svg, else folded stacks
+    ///
+    /// Stacks are found by scanning: a frame may be missing, and seldom one is wrong.
     #[arg(long, value_name = "FILE")]
     profile_guest: Option<PathBuf>,
     /// More kernel parameters
@@ -167,6 +170,17 @@ fn config(args: &RunArgs, artefacts: &Artefacts) -> VmConfig {
     }
 }
 
+/// The flame graph of folded stacks.
+fn flame_graph(folded: &str) -> Result<Vec<u8>, CliError> {
+    let mut options = inferno::flamegraph::Options::default();
+    "Guest kernel".clone_into(&mut options.title);
+    "samples".clone_into(&mut options.count_name);
+    let mut svg = Vec::new();
+    inferno::flamegraph::from_lines(&mut options, folded.lines(), &mut svg)
+        .map_err(|e| CliError::io("cannot draw the guest profile")(std::io::Error::other(e)))?;
+    Ok(svg)
+}
+
 /// Prints and writes what was asked for beside the command's own output.
 fn report(
     args: &RunArgs,
@@ -178,8 +192,10 @@ fn report(
     if let Some(path) = &args.profile_guest {
         let map = artefacts.system_map.as_ref().map_or(Ok(String::new()), std::fs::read_to_string);
         let symbols = Symbols::parse(&map.map_err(CliError::io("cannot read System.map"))?);
-        std::fs::write(path, vm.samples().folded(&symbols))
-            .map_err(CliError::io("cannot write the guest profile"))?;
+        let folded = vm.folded_samples(&symbols);
+        let svg = path.extension().is_some_and(|e| e == "svg");
+        let bytes = if svg { flame_graph(&folded)? } else { folded.into_bytes() };
+        std::fs::write(path, bytes).map_err(CliError::io("cannot write the guest profile"))?;
     }
     if args.json {
         let (code, error) = match result {

@@ -87,7 +87,11 @@ pub fn build(kind: KvmKind, verbose: bool, devices: &str, extra: &str) -> Result
     let doorbell = format!("bulk_memory={:#x}", doorbell::PORT);
     if kind == KvmKind::Software {
         words.extend(SOFTWARE_KVM);
-        words.extend([clear.as_str(), doorbell.as_str()]);
+        words.push(&clear);
+        // The first of these words counts for the kernel, so one of the user's takes the place of ours.
+        if !extra.split_whitespace().any(|word| word.starts_with("bulk_memory=")) {
+            words.push(&doorbell);
+        }
     }
     words.extend([devices, extra]);
     words.retain(|w| !w.is_empty());
@@ -119,6 +123,8 @@ mod tests {
             assert!(!hardware.contains(word) && software.contains(word), "{word}");
         }
         assert!(software.contains("clearcpuid=151,150,141,"), "{software}");
+        let off = build(KvmKind::Software, false, "", "bulk_memory=0").unwrap();
+        assert_eq!(off.matches("bulk_memory=").count(), 1, "{off}");
     }
 
     #[test]

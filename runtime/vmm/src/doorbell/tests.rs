@@ -4,6 +4,7 @@
 use super::*;
 use crate::assist::tests::{CR0_WP, DATA, DATA_GPA, DATA_PAGES, HOLE, KERNEL, Machine, PRESENT, USER, cases};
 use proptest::prelude::*;
+use vm_memory::Bytes as _;
 
 const USER_PAGE: u64 = 0x7000_0000_0000;
 
@@ -113,4 +114,30 @@ proptest! {
         prop_assert_eq!(m.bytes(outside, 4096), vec![0xee; 4096]);
         prop_assert_eq!(m.bytes(DATA_GPA - 4096, 4096), vec![0xee; 4096]);
     }
+}
+
+#[test]
+fn tables_that_another_vcpu_changes_meanwhile_neither_hold_a_call_up_nor_let_it_out() {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    let mut m = Machine::new();
+    let entry = m.entry(DATA, 1);
+    let outside = DATA_GPA + DATA_PAGES * 4096;
+    let mem = m.mem.clone();
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // Marks taken away, and pages taken away and given back, as fast as a vCPU can.
+            let at = |i: u64| GuestAddress(entry + i % DATA_PAGES * 8);
+            for i in (0_u64..).take_while(|_| !done.load(Ordering::Relaxed)) {
+                let value = if i % 7 == 0 { 0 } else { (DATA_GPA + i % DATA_PAGES * 4096) | KERNEL };
+                mem.store(value, at(i), Ordering::SeqCst).unwrap();
+            }
+        });
+        for i in 0..3000_u32 {
+            let left = ring_with(&mut m, 1 + i % 2, DATA + 8, DATA + 4 * 4096, 3 * 4096);
+            assert!(left <= 3 * 4096);
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert_eq!(m.bytes(outside, 4096), vec![0; 4096]);
 }

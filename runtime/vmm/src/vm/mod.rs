@@ -23,7 +23,7 @@ use crate::doorbell;
 use crate::event_loop::{self, Bus, LoopHandle};
 use crate::host::KvmKind;
 use crate::memory::{self, GuestMemory};
-use crate::profile::Samples;
+use crate::profile::{self, Symbols};
 use crate::snapshot::{AgentState, Compat, Stored};
 use crate::stats;
 use crate::sys::kvm as raw;
@@ -398,10 +398,15 @@ impl MicroVm {
         self.event_loop.stats()
     }
 
-    /// Samples of the guest's instruction pointer so far.
+    /// Samples of the guest so far, as folded stacks.
     #[must_use]
-    pub fn samples(&self) -> Samples {
-        lock(&self.shared.samples).clone()
+    pub fn folded_samples(&self, symbols: &Symbols) -> String {
+        let samples = lock(&self.shared.samples).clone();
+        samples.folded(symbols, &|at, len| {
+            let mut bytes = vec![0; len];
+            let gpa = GuestAddress(at.wrapping_sub(profile::TEXT_MAP));
+            if self.mem.read_slice(&mut bytes, gpa).is_ok() { bytes } else { Vec::new() }
+        })
     }
 }
 

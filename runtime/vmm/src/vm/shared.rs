@@ -238,8 +238,8 @@ impl Shared {
         self.sampling.load(Ordering::Relaxed)
     }
 
-    pub(crate) fn sample(&self, kernel: bool, rip: u64) {
-        lock(&self.samples).add(kernel, rip);
+    pub(crate) fn sample(&self, kernel: bool, rip: u64, stack: impl Iterator<Item = u64>) {
+        lock(&self.samples).add(kernel, rip, stack);
     }
 
     pub(crate) fn count_assist(&self, op: Op) {
