@@ -2,6 +2,7 @@
 //! which both criterion and the report read. May use everything of ours; nothing of ours uses it.
 
 pub mod boot;
+pub mod clone;
 pub mod guest;
 pub mod machine;
 pub mod record;

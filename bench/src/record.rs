@@ -25,6 +25,8 @@ pub enum Unit {
     Milliseconds,
     /// A count, such as emulated guest instructions, in thousands.
     Thousands,
+    /// Memory in MiB, kept as KiB.
+    Mebibytes,
 }
 
 impl Unit {
@@ -33,6 +35,7 @@ impl Unit {
         match self {
             Self::Milliseconds => 1e6,
             Self::Thousands => 1e3,
+            Self::Mebibytes => 1024.0,
         }
     }
 
@@ -40,6 +43,7 @@ impl Unit {
         match self {
             Self::Milliseconds => "ms",
             Self::Thousands => "thousand",
+            Self::Mebibytes => "MiB",
         }
     }
 }
@@ -143,10 +147,14 @@ pub fn markdown(rows: &[Row], before: &[Row], machine: &Machine) -> String {
         "# Bench report\n\n{}; {}; load average {} before the run; commit {}; {}.\n\n",
         machine.host_kind, machine.cpu, machine.load, machine.commit, machine.date
     );
-    out += "| promise | variant | unit | n | p50 | p99 | p99.9 | goal p50 | p50 before |\n";
+    out += "| promise | variant | unit | n | p50 | p99 | p99.9 | goal p50 / p99.9 | p50 before |\n";
     out += "|---|---|---|---|---|---|---|---|---|\n";
     for r in beside_each_other(rows) {
-        let goal = r.goal_p50.map_or_else(|| "-".to_owned(), |g| format!("{g}"));
+        let goal = match (r.goal_p50, r.goal_p999) {
+            (Some(p50), Some(p999)) => format!("{p50} / {p999}"),
+            (Some(p50), None) => format!("{p50}"),
+            _ => "-".to_owned(),
+        };
         let same = |b: &&Row| b.promise == r.promise && b.variant == r.variant && b.host_kind == r.host_kind;
         let previous = before.iter().find(same).map_or_else(|| "-".to_owned(), |b| format!("{:.3}", b.p50));
         out += &format!(

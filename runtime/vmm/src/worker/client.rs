@@ -53,6 +53,7 @@ pub struct Parked {
     connection: UnixStream,
     agent: AgentState,
     at_gate: bool,
+    decoded_ns: u64,
 }
 
 /// A guest that runs, and when it began to.
@@ -107,8 +108,8 @@ impl Worker {
     fn parked(self) -> Result<Parked, WorkerError> {
         let (reply, mut fds) = receive(&self.control)?;
         match (reply, fds.pop()) {
-            (Reply::Ready { pid, agent, at_gate }, Some(connection)) => {
-                Ok(Parked { worker: self, pid, connection: connection.into(), agent, at_gate })
+            (Reply::Ready { pid, agent, at_gate, decoded_ns }, Some(connection)) => {
+                Ok(Parked { worker: self, pid, connection: connection.into(), agent, at_gate, decoded_ns })
             }
             (other, _) => Err(refused(other)),
         }
@@ -163,6 +164,12 @@ impl Parked {
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// CLOCK_MONOTONIC when the worker had decoded the request to prepare it; for a forked child, when it began to build.
+    #[must_use]
+    pub fn decoded_ns(&self) -> u64 {
+        self.decoded_ns
     }
 
     /// Lets the guest go as a sandbox of its own: it is told who it is before it does anything else.

@@ -5,7 +5,7 @@ use super::{WorkerStats, monotonic_ns};
 use crate::VmmError;
 use crate::agent::AGENT_PORT;
 use crate::devices::Disk;
-use crate::snapshot::{AgentState, Compat, MachineState, Stored};
+use crate::snapshot::{AgentState, Compat, MachineState, Snapshot, Stored};
 use crate::sys::process::{Forked, close_all_but, exit_now, fork, ignore_children};
 use crate::vm::{DiskConfig, MicroVm, open_disks, open_kvm};
 use std::io;
@@ -38,7 +38,7 @@ fn serve_with(control: OwnedFd, mut sandbox: Option<Sandbox>) -> ! {
         let Ok((request, fds)) = receive::<Request>(&control) else { exit_now(0) };
         let decoded_ns = monotonic_ns();
         let answered = match (request, &mut sandbox) {
-            (Request::Prepare { dir, disks }, slot @ None) => match prepare(&dir, &disks) {
+            (Request::Prepare { dir, disks }, slot @ None) => match prepare(&dir, &disks, decoded_ns) {
                 Ok((prepared, reply, connection)) => {
                     *slot = Some(prepared);
                     send(&control, &reply, &[connection.as_fd()])
@@ -76,6 +76,7 @@ fn serve_with(control: OwnedFd, mut sandbox: Option<Sandbox>) -> ! {
 fn prepare(
     dir: &std::path::Path,
     disks: &[(std::path::PathBuf, bool)],
+    decoded_ns: u64,
 ) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
     let stored = Stored::open(dir)?;
     let configs: Vec<_> = disks
@@ -84,7 +85,8 @@ fn prepare(
         .collect();
     let disks = open_disks(&configs)?;
     let vm = MicroVm::restore(&stored, duplicates(&disks)?, &open_kvm()?)?;
-    ready(vm, stored.snapshot.compat.clone(), disks, stored.snapshot.machine.agent.clone())
+    let Snapshot { compat, machine } = stored.snapshot;
+    ready(vm, compat, disks, machine.agent, decoded_ns)
 }
 
 /// The parked guest, what to say of it, and its agent's connection.
@@ -93,11 +95,12 @@ fn ready(
     compat: Compat,
     disks: Vec<Disk>,
     agent: AgentState,
+    decoded_ns: u64,
 ) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
     let lost = || VmmError::Agent("the snapshot has none".to_owned());
     let connection = vm.event_loop().restored_connection(AGENT_PORT).ok_or_else(lost)?;
     let second = connection.try_clone().map_err(os("cannot duplicate a descriptor"))?;
-    let reply = Reply::Ready { pid: std::process::id(), agent, at_gate: vm.is_at_gate() };
+    let reply = Reply::Ready { pid: std::process::id(), agent, at_gate: vm.is_at_gate(), decoded_ns };
     Ok((Sandbox { vm, compat, disks, agent: second }, reply, connection))
 }
 
@@ -192,8 +195,9 @@ fn rebuild(
     parent: &Sandbox,
     machine: &MachineState,
 ) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
+    let begun_ns = monotonic_ns();
     let disks = duplicates(&parent.disks)?;
     let vm =
         MicroVm::restore_in(&parent.compat, machine, duplicates(&disks)?, &open_kvm()?, mem, Instant::now())?;
-    ready(vm, parent.compat.clone(), disks, machine.agent.clone())
+    ready(vm, parent.compat.clone(), disks, machine.agent.clone(), begun_ns)
 }

@@ -54,6 +54,8 @@ pub(crate) enum Reply {
         agent: AgentState,
         /// The guest takes its first frames from the mailbox.
         at_gate: bool,
+        /// When the request had been decoded; for a forked child, when it began to build.
+        decoded_ns: u64,
     },
     /// The guest runs.
     Going {
