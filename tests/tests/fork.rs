@@ -78,6 +78,43 @@ fn children_have_the_parents_memory_files_and_processes_and_then_each_its_own() 
 }
 
 #[test]
+fn a_snapshot_of_a_running_guest_is_restored_twice_and_after_its_end() {
+    if !kvm_or_skip("a_snapshot_of_a_running_guest_is_restored_twice_and_after_its_end") {
+        return;
+    }
+    let (_turn, template) = turn();
+    let home = tempfile::tempdir().unwrap();
+    let mut going = go(parked(&template));
+    let script = "head -c 3000000 /dev/urandom >/tmp/data; mkfifo /tmp/p; \
+                  bash -c 'read line </tmp/p; echo got $line >/tmp/got' >/dev/null 2>&1 & sha256sum </tmp/data";
+    let digest = sh(&mut going.agent, script);
+    // Each cycle hibernates what the last one resumed.
+    for cycle in 0..3 {
+        let dir = home.path().join(format!("cycle{cycle}"));
+        let saved = going.worker.snapshot(&going.agent, &dir).unwrap();
+        assert!(saved.decoded_ns <= saved.resumed_ns);
+        // It went on, and what it did then is not in the snapshot.
+        sh(&mut going.agent, "echo later >/tmp/later");
+        drop(going);
+        going = go(parked(&dir));
+        assert_eq!(sh(&mut going.agent, "sha256sum </tmp/data; ls /tmp/later 2>/dev/null || true"), digest);
+    }
+    let last = home.path().join("cycle2");
+    let mut twin = go(parked(&last));
+    // The process that waited through it all still waits, in both, each for its own word.
+    for (index, guest) in [&mut going, &mut twin].into_iter().enumerate() {
+        let script =
+            format!("echo word {index} >/tmp/p; while ! test -s /tmp/got; do sleep 0.1; done; cat /tmp/got");
+        assert_eq!(sh(&mut guest.agent, &script), format!("got word {index}"));
+    }
+    let refused = going.worker.snapshot(&going.agent, &last).unwrap_err().to_string();
+    assert!(refused.contains("cycle2"), "{refused}");
+    assert_eq!(sh(&mut going.agent, "echo alive"), "alive");
+    let left: Vec<_> = std::fs::read_dir(home.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(left.len(), 3, "no partial snapshot stays: {left:?}");
+}
+
+#[test]
 fn a_fork_of_a_fork_and_its_parent_go_on_when_the_first_is_gone() {
     if !kvm_or_skip("a_fork_of_a_fork_and_its_parent_go_on_when_the_first_is_gone") {
         return;

@@ -14,11 +14,14 @@
 pub mod compat;
 pub mod format;
 mod memory_digest;
+mod save;
 
 pub use compat::Compat;
 pub use memory_digest::{MemoryDigest, digest_memory};
+pub use save::save_memory;
 
 use crate::devices::mmio::State as DeviceState;
+use crate::memory::GuestMemory;
 use crate::vcpu_state::VcpuSnapshot;
 use kvm_bindings::{kvm_clock_data, kvm_irqchip};
 use serde::{Deserialize, Serialize};
@@ -111,6 +114,11 @@ pub struct Stored {
     pub dir: PathBuf,
 }
 
+/// fsync, which works on directories opened for reading too.
+fn sync(path: &Path) -> Result<(), SnapshotError> {
+    File::open(path).and_then(|file| file.sync_all()).map_err(SnapshotError::io(path))
+}
+
 impl Stored {
     /// Opens a snapshot's directory and refuses it if this host cannot run it.
     ///
@@ -154,6 +162,39 @@ impl Stored {
 }
 
 impl Snapshot {
+    /// Makes `dir` a snapshot on disk, durable when this returns: written beside it under a temporary name, fsync'ed, renamed,
+    /// and the rename fsync'ed too. `mem` must be a private mapping of `base`, and stand still.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Io`]; nothing is left of it then.
+    pub fn save(mut self, mem: &GuestMemory, base: &File, dir: &Path) -> Result<(), SnapshotError> {
+        let parent = dir.parent().unwrap_or(Path::new("."));
+        let name = dir.file_name().unwrap_or_default().to_string_lossy();
+        let partial = parent.join(format!(".{name}.{}.partial", std::process::id()));
+        let done = self.write_all(mem, base, &partial).and_then(|()| {
+            std::fs::rename(&partial, dir).map_err(SnapshotError::io(dir))?;
+            sync(parent)
+        });
+        if done.is_err() {
+            // The failure is what counts.
+            let _ = std::fs::remove_dir_all(&partial);
+        }
+        done
+    }
+
+    fn write_all(&mut self, mem: &GuestMemory, base: &File, dir: &Path) -> Result<(), SnapshotError> {
+        std::fs::create_dir(dir).map_err(SnapshotError::io(dir))?;
+        let path = dir.join(MEMORY_FILE);
+        let create = File::options().read(true).write(true).create_new(true).open(&path);
+        let image = create.map_err(SnapshotError::io(&path))?;
+        save_memory(mem, base, &image).map_err(SnapshotError::io(&path))?;
+        self.compat.memory = digest_memory(&image).map_err(SnapshotError::io(&path))?;
+        image.sync_all().map_err(SnapshotError::io(&path))?;
+        self.write_state(dir)?;
+        sync(&dir.join(STATE_FILE))?;
+        sync(dir)
+    }
+
     /// Writes the state file into `dir`; the memory image is there already. Nothing is fsync'ed here: whoever publishes
     /// the directory does that.
     ///

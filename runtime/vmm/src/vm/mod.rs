@@ -8,6 +8,7 @@ mod capture;
 mod config;
 mod shared;
 
+pub use capture::Paused;
 pub use config::{CheckedConfig, DiskConfig, MAX_VCPUS, VmConfig, check_size, open_disks, open_kvm};
 pub(crate) use shared::Shared;
 use shared::lock;

@@ -82,6 +82,15 @@ pub struct Fork {
     pub children: Vec<Parked>,
 }
 
+/// When a snapshot's steps were, on CLOCK_MONOTONIC.
+#[derive(Debug, Clone, Copy)]
+pub struct Saved {
+    /// The worker had decoded the request.
+    pub decoded_ns: u64,
+    /// The guest went on.
+    pub resumed_ns: u64,
+}
+
 impl Worker {
     /// Starts a worker: `program` with `arguments` must call [`super::serve`] with its standard input.
     ///
@@ -134,6 +143,27 @@ impl Worker {
         };
         let children = ours.into_iter().map(|control| Self { control, child: None }.parked());
         Ok(Fork { decoded_ns, stopped_ns, resumed_ns, children: children.collect::<Result<_, _>>()? })
+    }
+
+    /// Saves a snapshot of the running guest in `dir`, durable when this returns. The guest stands still for a fork, not for the
+    /// disk, and goes on. Dropping the worker then is hibernation; restoring the snapshot, any number of times, is [`Worker::prepare`].
+    ///
+    /// # Errors
+    /// [`WorkerError::Refused`]: the guest is as it was, and nothing of the snapshot is left.
+    pub fn snapshot(&self, agent: &Agent, dir: &Path) -> Result<Saved, WorkerError> {
+        let (ours, theirs) = pair()?;
+        let request = Request::Snapshot { dir: dir.to_owned(), agent: agent.own_state() };
+        send(&self.control, &request, &[theirs.as_fd()])?;
+        // The only other end is then the child's: if it dies, that is seen.
+        drop(theirs);
+        let (decoded_ns, resumed_ns) = match receive(&self.control)?.0 {
+            Reply::Forked { decoded_ns, resumed_ns, .. } => (decoded_ns, resumed_ns),
+            other => return Err(refused(other)),
+        };
+        match receive(&ours)?.0 {
+            Reply::Saved => Ok(Saved { decoded_ns, resumed_ns }),
+            other => Err(refused(other)),
+        }
     }
 
     /// What its guest has cost.

@@ -11,13 +11,15 @@
 //! agent is the owner's: the worker passes it the connection. A live fork is fork(2) of this process: the kernel's
 //! copy-on-write is the mechanism, no memory is dumped, and the parent's guest stands still for the fork alone.
 //!
+//! A snapshot of a running guest is such a fork that writes itself out and ends (as Redis' BGSAVE).
+//!
 //! May touch: its microVM, its control socket. Must not: decide anything; that is the pool's and the service's.
 
 mod client;
 mod process;
 mod wire;
 
-pub use client::{Fork, Going, MOST_CHILDREN, Parked, Worker, WorkerError};
+pub use client::{Fork, Going, MOST_CHILDREN, Parked, Saved, Worker, WorkerError};
 pub use process::serve;
 
 use serde::{Deserialize, Serialize};

@@ -7,11 +7,14 @@ use crate::agent::AGENT_PORT;
 use crate::devices::Disk;
 use crate::snapshot::{AgentState, Compat, MachineState, Snapshot, Stored};
 use crate::sys::process::{Forked, close_all_but, exit_now, fork, ignore_children};
-use crate::vm::{DiskConfig, MicroVm, open_disks, open_kvm};
+use crate::vm::{DiskConfig, MicroVm, Paused, open_disks, open_kvm};
+use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// How long `Go` waits for the guest's first VM exit: a guest that computes makes none.
@@ -22,6 +25,8 @@ struct Sandbox {
     vm: MicroVm,
     compat: Compat,
     disks: Vec<Disk>,
+    /// The memory image that it was restored from.
+    base: Arc<File>,
     /// A second descriptor of the agent's connection: to see what its reader has not read when the guest is forked.
     agent: UnixStream,
 }
@@ -58,6 +63,11 @@ fn serve_with(control: OwnedFd, mut sandbox: Option<Sandbox>) -> ! {
                 };
                 send(&control, &reply, &[])
             }
+            (Request::Snapshot { dir, agent }, Some(sandbox)) => {
+                let reply = save(sandbox, fds, agent, dir, decoded_ns)
+                    .unwrap_or_else(|e| Reply::Failed(e.to_string()));
+                send(&control, &reply, &[])
+            }
             (Request::Stats, Some(sandbox)) => {
                 let stats = WorkerStats {
                     emulated_instructions: sandbox.vm.emulated_instructions(),
@@ -86,14 +96,13 @@ fn prepare(
     let disks = open_disks(&configs)?;
     let vm = MicroVm::restore(&stored, duplicates(&disks)?, &open_kvm()?)?;
     let Snapshot { compat, machine } = stored.snapshot;
-    ready(vm, compat, disks, machine.agent, decoded_ns)
+    ready(vm, (compat, disks, stored.memory), machine.agent, decoded_ns)
 }
 
 /// The parked guest, what to say of it, and its agent's connection.
 fn ready(
     vm: MicroVm,
-    compat: Compat,
-    disks: Vec<Disk>,
+    (compat, disks, base): (Compat, Vec<Disk>, Arc<File>),
     agent: AgentState,
     decoded_ns: u64,
 ) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
@@ -101,7 +110,7 @@ fn ready(
     let connection = vm.event_loop().restored_connection(AGENT_PORT).ok_or_else(lost)?;
     let second = connection.try_clone().map_err(os("cannot duplicate a descriptor"))?;
     let reply = Reply::Ready { pid: std::process::id(), agent, at_gate: vm.is_at_gate(), decoded_ns };
-    Ok((Sandbox { vm, compat, disks, agent: second }, reply, connection))
+    Ok((Sandbox { vm, compat, disks, base, agent: second }, reply, connection))
 }
 
 fn duplicates(disks: &[Disk]) -> Result<Vec<Disk>, VmmError> {
@@ -140,10 +149,7 @@ fn fork_guest(
     }
     let paused = sandbox.vm.pause()?;
     let stopped_ns = monotonic_ns();
-    // Nothing moves any more: what the owner had not read is the rest of the conversation.
-    agent.add_unread(&sandbox.agent).map_err(|e| VmmError::Agent(e.to_string()))?;
-    let mut machine = paused.capture(None)?;
-    machine.agent = agent;
+    let machine = capture(&paused, &sandbox.agent, &mut agent)?;
     // The child uses this thread's own data only, leaks the microVM and never waits for its threads.
     match fork().map_err(os("fork"))? {
         Forked::Parent => {
@@ -151,6 +157,52 @@ fn fork_guest(
             Ok(Reply::Forked { decoded_ns, stopped_ns, resumed_ns: monotonic_ns() })
         }
         Forked::Child => become_children(ManuallyDrop::new(paused).memory(), sandbox, machine, sockets),
+    }
+}
+
+/// The state of a paused guest. Nothing moves any more: what the owner had not read is the rest of the conversation.
+fn capture(
+    paused: &Paused<'_>,
+    connection: &UnixStream,
+    agent: &mut AgentState,
+) -> Result<MachineState, VmmError> {
+    agent.add_unread(connection).map_err(|e| VmmError::Agent(e.to_string()))?;
+    let mut machine = paused.capture(None)?;
+    machine.agent = std::mem::take(agent);
+    Ok(machine)
+}
+
+/// Saves a snapshot. The guest stands still for a fork alone: the child, which has its memory as it was, writes it out.
+fn save(
+    sandbox: &Sandbox,
+    mut sockets: Vec<OwnedFd>,
+    mut agent: AgentState,
+    dir: PathBuf,
+    decoded_ns: u64,
+) -> Result<Reply, VmmError> {
+    let (Some(done), true) = (sockets.pop(), sockets.is_empty()) else {
+        return Err(VmmError::Agent("a snapshot needs one socket".to_owned()));
+    };
+    let paused = sandbox.vm.pause()?;
+    let stopped_ns = monotonic_ns();
+    let machine = capture(&paused, &sandbox.agent, &mut agent)?;
+    match fork().map_err(os("fork"))? {
+        Forked::Parent => {
+            drop(paused);
+            Ok(Reply::Forked { decoded_ns, stopped_ns, resumed_ns: monotonic_ns() })
+        }
+        Forked::Child => {
+            let mem = ManuallyDrop::new(paused).memory();
+            close_all_but(&[sandbox.base.as_raw_fd(), done.as_raw_fd()]);
+            let snapshot = Snapshot { compat: sandbox.compat.clone(), machine };
+            let reply = match snapshot.save(&mem, &sandbox.base, &dir) {
+                Ok(()) => Reply::Saved,
+                Err(error) => Reply::Failed(error.to_string()),
+            };
+            // If the owner has gone, what is on disk is complete or absent all the same.
+            let _ = send(&done, &reply, &[]);
+            exit_now(0)
+        }
     }
 }
 
@@ -173,8 +225,8 @@ fn become_children(
             Ok(Forked::Parent) | Err(_) => drop(next),
         }
     }
-    let keep: Vec<_> =
-        sandbox.disks.iter().map(|disk| disk.file.as_raw_fd()).chain([mine.as_raw_fd()]).collect();
+    let disks = sandbox.disks.iter().map(|disk| disk.file.as_raw_fd());
+    let keep: Vec<_> = disks.chain([sandbox.base.as_raw_fd(), mine.as_raw_fd()]).collect();
     // What else is open belongs to the parent's microVM, which is leaked here: this function never returns.
     close_all_but(&keep);
     match rebuild(mem, sandbox, &machine) {
@@ -199,5 +251,6 @@ fn rebuild(
     let disks = duplicates(&parent.disks)?;
     let vm =
         MicroVm::restore_in(&parent.compat, machine, duplicates(&disks)?, &open_kvm()?, mem, Instant::now())?;
-    ready(vm, parent.compat.clone(), disks, machine.agent.clone(), begun_ns)
+    let parts = (parent.compat.clone(), disks, Arc::clone(&parent.base));
+    ready(vm, parts, machine.agent.clone(), begun_ns)
 }

@@ -39,6 +39,13 @@ pub(crate) enum Request {
         /// The owner's part of the conversation with the agent.
         agent: AgentState,
     },
+    /// Save a snapshot of the running guest. A socket comes with the message, for the word that it is durable.
+    Snapshot {
+        /// The snapshot's directory, which must not exist.
+        dir: PathBuf,
+        /// The owner's part of the conversation with the agent.
+        agent: AgentState,
+    },
     /// Counters.
     Stats,
 }
@@ -73,6 +80,8 @@ pub(crate) enum Reply {
         /// When they were let go again.
         resumed_ns: u64,
     },
+    /// A snapshot is on disk, durable.
+    Saved,
     /// See [`super::WorkerStats`].
     Stats(super::WorkerStats),
     /// It could not be done; the guest is as it was before.
