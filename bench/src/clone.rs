@@ -1,4 +1,5 @@
-//! The suites of what templates are for: `create` (pool hit and miss), `exec`, `fork`, `destroy` and `density`.
+//! The suites of what templates are for: `create` (pool hit and miss), `destroy`, `exec`, `fork`,
+//! `hibernate` and `resume`, and `density`.
 //!
 //! Each sandbox is a worker process of its own, as in production; this binary is the worker too ([`become_worker_if_asked`]).
 
@@ -241,6 +242,59 @@ pub fn fork(artefacts: &Artefacts, samples: u32, dirty_mib: &[u64]) -> Result<Ve
         }
         all.extend([pause, child, further]);
     }
+    Ok(all)
+}
+
+/// `hibernate` and `resume`: of a running guest that has written so many MiB since its template.
+///
+/// # Errors
+/// The first cycle that failed.
+pub fn hibernate(artefacts: &Artefacts, samples: u32, dirty_mib: &[u64]) -> Result<Vec<Recorder>, Failure> {
+    let template = Template::prepare(artefacts, 256)?;
+    let home = artefacts.store.root().join(format!("bench-{}", std::process::id()));
+    std::fs::create_dir(&home)?;
+    let mut all = Vec::new();
+    for &mib in dirty_mib {
+        let mut going = go(template.park()?)?;
+        run(&mut going.agent, &["/bin/sh", "-c", &format!("head -c {mib}M /dev/zero >/tmp/dirty")])?;
+        let variant = format!("{mib} MiB dirty");
+        let goals = |goals| (mib <= 16).then_some(goals);
+        let milli = Unit::Milliseconds;
+        let mut pause = row(
+            "snapshot of a running sandbox, pause",
+            "request decoded, vCPU running -> vCPU told to go on",
+            goals((0.5, 3.0)),
+            &variant,
+            milli,
+        );
+        let mut durable = row(
+            "hibernate",
+            "owner's call -> snapshot durable on disk (fsync of files and directories)",
+            goals((10.0, 30.0)),
+            &variant,
+            milli,
+        );
+        let mut resume = row(
+            "resume, hot",
+            "empty worker process asked for the snapshot, in the page cache -> first VM exit",
+            goals((1.0, 4.0)),
+            &variant,
+            milli,
+        );
+        for n in 0..samples {
+            let dir = home.join(format!("{mib}-{n}"));
+            let begun = monotonic_ns();
+            let saved = going.worker.snapshot(&going.agent, &dir)?;
+            durable.duration(between(begun, monotonic_ns())?);
+            pause.duration(between(saved.decoded_ns, saved.resumed_ns)?);
+            let parked = template.worker()?.prepare(&dir, &template.disks)?;
+            let begun = parked.decoded_ns();
+            resume.duration(between(begun, go(parked)?.first_exit_ns)?);
+            std::fs::remove_dir_all(&dir)?;
+        }
+        all.extend([pause, durable, resume]);
+    }
+    std::fs::remove_dir_all(&home)?;
     Ok(all)
 }
 

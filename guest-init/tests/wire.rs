@@ -109,7 +109,7 @@ fn the_bytes_to_the_host_are_these() {
 #[test]
 fn numbers_of_kinds_stages_and_errors_never_move() {
     let kinds: Vec<u8> = Kind::ALL.iter().map(|&kind| kind as u8).collect();
-    assert_eq!(kinds, (1..=10).chain(0x81..=0x8a).collect::<Vec<u8>>());
+    assert_eq!(kinds, (1..=11).chain(0x81..=0x8a).collect::<Vec<u8>>());
     assert_eq!(
         Stage::ALL.iter().map(|&stage| stage as u8).collect::<Vec<u8>>(),
         (1..=9).collect::<Vec<u8>>()

@@ -62,9 +62,8 @@ fn copy_data(from: &File, to: &File, end: u64) -> io::Result<()> {
         let (mut source, mut target) = (data, data);
         while source < hole {
             let left = (hole - source) as usize;
-            match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), left)? {
-                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
-                _ => {}
+            if rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), left)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
         at = hole;
