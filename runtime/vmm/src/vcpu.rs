@@ -19,16 +19,22 @@ use crate::vm::{Shared, StopReason};
 use guest_init::GATE_FREEZE;
 use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use vm_memory::{Bytes as _, GuestAddress};
 
 /// Port of the keyboard controller's command register: Linux resets through it (`reboot=k`).
 const RESET_PORT: u16 = 0x64;
 const RESET_COMMAND: u8 = 0xfe;
 
-/// Asks KVM which CPUID leaves it can virtualise. Software KVM takes and ignores them.
-pub(crate) fn supported_cpuid(kvm: &Kvm) -> Result<CpuId, VmmError> {
-    kvm.get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES).map_err(VmmError::kvm("GET_SUPPORTED_CPUID"))
+/// The CPUID leaves that KVM can virtualise: asked once, it takes a third of a millisecond. Software KVM takes and ignores them.
+pub(crate) fn supported_cpuid(kvm: &Kvm) -> Result<&'static CpuId, VmmError> {
+    static SUPPORTED: OnceLock<CpuId> = OnceLock::new();
+    if let Some(cpuid) = SUPPORTED.get() {
+        return Ok(cpuid);
+    }
+    let most = kvm_bindings::KVM_MAX_CPUID_ENTRIES;
+    let cpuid = kvm.get_supported_cpuid(most).map_err(VmmError::kvm("GET_SUPPORTED_CPUID"))?;
+    Ok(SUPPORTED.get_or_init(|| cpuid))
 }
 
 /// Creates one of `vcpus` vCPUs. MSRs and CR4 bits are checked against CPUID, so it is set at once.
@@ -137,7 +143,7 @@ pub(crate) struct Vcpu {
     pub(crate) xsave: raw::XsaveArea,
     pub(crate) host: Arc<HostCpu>,
     /// The MSRs to save.
-    pub(crate) msrs: &'static [u32],
+    pub(crate) msrs: Arc<[u32]>,
 }
 
 impl Vcpu {

@@ -10,7 +10,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Kvm, VcpuFd};
 use serde::{Deserialize, Serialize};
-use std::sync::OnceLock;
+use std::sync::Arc;
 
 /// IA32_TSC (SDM vol. 4). It is set before the deadline below, which KVM compares with it.
 const TSC: u32 = 0x10;
@@ -37,6 +37,11 @@ impl VcpuSnapshot {
     #[must_use]
     pub fn tsc_khz(&self) -> u32 {
         self.tsc_khz
+    }
+
+    /// The MSRs that were saved.
+    pub(crate) fn msr_indices(&self) -> Arc<[u32]> {
+        self.msrs.iter().map(|(index, _)| *index).collect()
     }
 
     /// Its instruction pointer.
@@ -109,19 +114,15 @@ impl VcpuSnapshot {
     }
 }
 
-/// The MSRs worth saving: those of KVM's list that a vCPU here lets read, and takes back. Found out once per process
-/// on a vCPU that has not run, because the list also names MSRs this CPU lacks or that only the host may write.
-pub(crate) fn saved_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<&'static [u32], VmmError> {
-    static LIST: OnceLock<Vec<u32>> = OnceLock::new();
-    if let Some(list) = LIST.get() {
-        return Ok(list);
-    }
+/// The MSRs worth saving: those of KVM's list that a vCPU here lets read, and takes back. Found out on
+/// a vCPU that has not run, because the list also names MSRs this CPU lacks or that only the host may write.
+pub(crate) fn saved_msrs(kvm: &Kvm, vcpu: &VcpuFd) -> Result<Arc<[u32]>, VmmError> {
     let all = kvm.get_msr_index_list().map_err(VmmError::kvm("GET_MSR_INDEX_LIST"))?;
     let mut list: Vec<u32> =
         all.as_slice().iter().copied().filter(|index| takes_back(vcpu, *index)).collect();
     // The deadline last; the TSC is somewhere before it.
     list.sort_by_key(|index| (*index == TSC_DEADLINE, *index != TSC));
-    Ok(LIST.get_or_init(|| list))
+    Ok(list.into())
 }
 
 fn takes_back(fd: &VcpuFd, index: u32) -> bool {

@@ -29,7 +29,7 @@ use crate::snapshot::{AgentState, Compat, Stored};
 use crate::stats;
 use crate::sys::kvm as raw;
 use crate::vcpu::{self, Vcpu};
-use crate::vcpu_state;
+use crate::vcpu_state::{self, VcpuSnapshot};
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use linux_loader::loader::{Elf, KernelLoader};
@@ -83,7 +83,6 @@ struct Machine {
     vm: Arc<VmFd>,
     mem: GuestMemory,
     vcpus: Vec<VcpuFd>,
-    msrs: &'static [u32],
     start: Instant,
 }
 
@@ -97,10 +96,10 @@ impl Machine {
         vm.set_tss_address(layout::KVM_TSS).map_err(VmmError::kvm("SET_TSS_ADDR"))?;
         vm.create_irq_chip().map_err(VmmError::kvm("CREATE_IRQCHIP"))?;
         let cpuid = vcpu::supported_cpuid(kvm)?;
-        let create = |index| vcpu::create(&vm, index, &cpuid, vcpus);
+        let create = |index| vcpu::create(&vm, index, cpuid, vcpus);
         let vcpus = (0..vcpus).map(create).collect::<Result<Vec<_>, _>>()?;
-        let msrs = vcpu_state::saved_msrs(kvm, &vcpus[0])?;
-        Ok(Self { vm, mem, vcpus, msrs, start })
+
+        Ok(Self { vm, mem, vcpus, start })
     }
 }
 
@@ -109,6 +108,8 @@ struct Begin {
     disks: Vec<Disk>,
     states: Vec<DeviceState>,
     shared: Arc<Shared>,
+    /// The MSRs to save.
+    msrs: Arc<[u32]>,
 }
 
 impl MicroVm {
@@ -140,7 +141,8 @@ impl MicroVm {
         }
         let shared = Arc::new(Shared::new(config.verbose));
         let mem = machine.mem.clone();
-        let (mut microvm, bus) = Self::assemble(machine, Begin { disks, states: Vec::new(), shared })?;
+        let msrs = vcpu_state::saved_msrs(&kvm, &machine.vcpus[0])?;
+        let (mut microvm, bus) = Self::assemble(machine, Begin { disks, states: Vec::new(), shared, msrs })?;
         let (kind, devices) = (KvmKind::detect(), bus.kernel_cmdline());
         let line = cmdline::build(kind, config.verbose, &devices, &config.kernel_parameters)?;
         boot::write_boot_structures(&mem, &line)?;
@@ -184,7 +186,10 @@ impl MicroVm {
         let clock = kvm_clock_data { clock: state.clock.clock, ..Default::default() };
         machine.vm.set_clock(&clock).map_err(VmmError::kvm("SET_CLOCK"))?;
         let shared = Arc::new(Shared::new(false));
-        let (microvm, _) = Self::assemble(machine, Begin { disks, states: state.devices.clone(), shared })?;
+        // What was saved is what will be saved again: finding out takes longer than all the rest.
+        let msrs = state.vcpus.first().map_or_else(Arc::default, VcpuSnapshot::msr_indices);
+        let begin = Begin { disks, states: state.devices.clone(), shared, msrs };
+        let (microvm, _) = Self::assemble(machine, begin)?;
         *lock(&microvm.conversation) = Some(state.agent.clone());
         microvm.at_gate.store(state.at_gate, Ordering::Relaxed);
         Ok(microvm)
@@ -192,8 +197,8 @@ impl MicroVm {
 
     /// Devices, event loop and threads around the KVM objects; the gate is closed.
     fn assemble(machine: Machine, begin: Begin) -> Result<(Self, Arc<Bus>), VmmError> {
-        let Machine { vm, mem, vcpus: fds, msrs, start } = machine;
-        let Begin { disks, states, shared } = begin;
+        let Machine { vm, mem, vcpus: fds, start } = machine;
+        let Begin { disks, states, shared, msrs } = begin;
         let disks_bytes = disks.iter().map(|disk| disk.file.metadata().map_or(0, |m| m.len())).collect();
         let devices =
             DevicesConfig { disks, mmio_base: layout::VIRTIO_MMIO, first_gsi: layout::FIRST_GSI, states };
@@ -234,7 +239,7 @@ impl MicroVm {
                 mem: mem.clone(),
                 xsave: raw::XsaveArea::new(&vm),
                 host: Arc::clone(&host),
-                msrs,
+                msrs: Arc::clone(&msrs),
             };
             microvm.threads.push(spawn(format!("vcpu{index}"), move || vcpu.run())?);
         }
