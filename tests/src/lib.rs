@@ -1,7 +1,10 @@
-//! What the tests of the whole stand on: one Linux microVM that a test binary boots once and shares, bare
+//! What the tests of the whole stand on: one Linux microVM that a test binary boots once and shares, its clones, bare
 //! kernels of a few bytes for what Linux cannot be asked to do, and the built `peregrine` command.
 
 pub mod bare;
+mod clone;
+
+pub use clone::{Clone, PATIENCE};
 
 use peregrine::artefacts::{Artefacts, Wanted};
 use peregrine_image::Lines;
@@ -104,6 +107,20 @@ impl Guest {
             panic!("{e}; stop reason {:?}; console:\n{}", self.vm.stop_reason(), self.vm.console_text())
         })
     }
+}
+
+/// Builds the guest program of `guest/registers.rs` into `dir`, a static file.
+///
+/// # Panics
+/// If it cannot be built.
+#[must_use]
+pub fn build_registers(dir: impl AsRef<Path>) -> PathBuf {
+    let program = dir.as_ref().join("registers");
+    let source = concat!(env!("CARGO_MANIFEST_DIR"), "/guest/registers.rs");
+    let flags = ["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-Cpanic=abort"];
+    let built = process::Command::new("rustc").args(flags).arg("-o").arg(&program).arg(source).status();
+    assert!(built.is_ok_and(|status| status.success()), "rustc {source} failed");
+    program
 }
 
 /// The release build of the `peregrine` command, built on first use.

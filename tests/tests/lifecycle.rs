@@ -134,16 +134,7 @@ fn two_vcpus_are_two_processors() {
 /// The guest program of `tests/guest/registers.rs`, built once.
 fn registers() -> &'static PathBuf {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        let program = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("registers");
-        let source = concat!(env!("CARGO_MANIFEST_DIR"), "/guest/registers.rs");
-        let flags =
-            ["--edition=2024", "-O", "-Ctarget-feature=+crt-static", "-Cstrip=symbols", "-Cpanic=abort"];
-        let status =
-            HostCommand::new("rustc").args(flags).arg("-o").arg(&program).arg(source).status().unwrap();
-        assert!(status.success());
-        program
-    })
+    PROGRAM.get_or_init(|| tests::build_registers(env!("CARGO_TARGET_TMPDIR")))
 }
 
 /// Puts the registers program into the guest.
