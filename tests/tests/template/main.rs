@@ -185,11 +185,11 @@ fn two_clones_share_no_random_byte_and_no_name() {
         return;
     }
     let _turn = turn();
-    let script = "cat /proc/sys/kernel/random/uuid; hostname; echo $RANDOM$RANDOM$RANDOM; mktemp -u; \
+    let script = "cat /proc/sys/kernel/random/uuid /proc/sys/kernel/random/boot_id /etc/machine-id; hostname; echo $RANDOM$RANDOM$RANDOM; mktemp -u; \
                   python3 -c 'import os; print(os.urandom(512).hex(), id(object()))'; head -c 512 /dev/urandom | od -An -v -tx1 | tr -d ' \\n'";
     let said: Vec<String> = (0..2).map(|_| shared().clone().said(script)).collect();
     let words: Vec<Vec<&str>> = said.iter().map(|text| text.split_whitespace().collect()).collect();
-    assert_eq!(words[0].len(), 7, "{}", said[0]);
+    assert_eq!(words[0].len(), 9, "{}", said[0]);
     for (one, other) in words[0].iter().zip(&words[1]) {
         assert_ne!(one, other);
     }
@@ -197,11 +197,35 @@ fn two_clones_share_no_random_byte_and_no_name() {
     let windows = |text: &str| -> Vec<String> {
         text.as_bytes().chunks(16).map(|chunk| String::from_utf8_lossy(chunk).into_owned()).collect()
     };
-    for random in [4, 6] {
+    for random in [6, 8] {
         assert_eq!(words[0][random].len(), 1024);
         let shared = windows(words[0][random]).iter().filter(|run| words[1][random].contains(*run)).count();
         assert_eq!(shared, 0, "random bytes of one clone are in the other's");
     }
+}
+
+#[test]
+fn a_clone_says_the_identity_it_was_given_and_its_owner_may_change_it() {
+    if !kvm_or_skip("a_clone_says_the_identity_it_was_given_and_its_owner_may_change_it") {
+        return;
+    }
+    let _turn = turn();
+    let mut clone = shared().clone();
+    let hex = |id: [u8; 16]| id.map(|byte| format!("{byte:02x}")).concat();
+    let boot = hex(clone.identity.boot_id);
+    let boot = [&boot[..8], &boot[8..12], &boot[12..16], &boot[16..20], &boot[20..]].join("-");
+    assert!(boot[14..].starts_with('4'), "{boot} is no UUID of version 4");
+    let look = "cat /etc/machine-id /proc/sys/kernel/random/boot_id; stat -c '%a %s' /etc/machine-id";
+    assert_eq!(clone.said(look), format!("{}\n{boot}\n444 33", hex(clone.identity.machine_id)));
+    // It is his: what he does with these files, PID 1 survives.
+    let mut other = clone.identity.clone();
+    (other.machine_id, other.boot_id) = ([0xab; 16], [0xcd; 16]);
+    assert_eq!(clone.said(": > /etc/machine-id; wc -c < /etc/machine-id"), "0");
+    clone.agent.adopt(&other).unwrap();
+    assert_eq!(clone.said("cat /etc/machine-id"), "ab".repeat(16));
+    assert_eq!(clone.said("rm /etc/machine-id; echo mine > /etc/machine-id; cat /etc/machine-id"), "mine");
+    clone.agent.adopt(&clone.identity).unwrap();
+    assert_eq!(clone.said("cat /etc/machine-id /proc/sys/kernel/random/boot_id"), format!("mine\n{boot}"));
 }
 
 #[test]
