@@ -3,9 +3,11 @@
 #![allow(clippy::unwrap_used)]
 
 mod busy;
+mod catalogue;
 mod refusals;
 
 use guest_init::{ToGuest, ToHost};
+use peregrine::artefacts::AGENT_ELF;
 use peregrine::template;
 use peregrine_image::{Silent, Store};
 use peregrine_vmm::VmConfig;
@@ -40,8 +42,9 @@ impl Shared {
 fn shared() -> &'static Shared {
     static SHARED: OnceLock<Shared> = OnceLock::new();
     SHARED.get_or_init(|| {
-        let config = config(1, 192);
         let store = Store::at(&fresh_dir("template-store")).unwrap();
+        let mut config = config(1, 192);
+        config.disks[0].path = peregrine_image::agent_disk(&store, AGENT_ELF, &mut Silent).unwrap();
         let stored = template::prepare(&store, &config, &mut Silent).unwrap();
         Shared { config, store, stored, frozen: Instant::now() }
     })
