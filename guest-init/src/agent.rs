@@ -4,11 +4,13 @@
 //! a bounded amount and then sends what came of it; only when nothing is left to do does it wait.
 
 use guest_init::{
-    ADOPT_FAILED_CLOCK, ADOPT_FAILED_ENTROPY, ADOPT_FAILED_HOSTNAME, Adopt, Decoder, ErrorCode, Exec,
-    ExecFailed, Exited, FRAME_MAX_BYTES, Frame, Hello, Stage, ToGuest, ToHost, VERSION, WireError,
+    ADOPT_FAILED_CLOCK, ADOPT_FAILED_ENTROPY, ADOPT_FAILED_HOSTNAME, ADOPT_FAILED_IDS, Adopt, Decoder,
+    ErrorCode, Exec, ExecFailed, Exited, FRAME_MAX_BYTES, Frame, Hello, ID_BYTES, Stage, ToGuest, ToHost,
+    VERSION, WireError,
 };
 
 use crate::exec::{self, Means};
+use crate::ids::Ids;
 use crate::outbox::{OUTBOX_BYTES, Outbox};
 use crate::ring::{Overflow, Ring};
 use crate::stream::{STREAMS_MAX, State, Stream};
@@ -93,6 +95,7 @@ struct Core<'m> {
     connection: Option<Connection>,
     outbox: Outbox<'m>,
     gate: Option<Gate>,
+    ids: Option<Ids>,
     /// The host wants the guest to stand still at the gate.
     freeze_due: bool,
     /// The agent lets others finish first (`peregrine.batch=1`), and its children must not.
@@ -116,6 +119,7 @@ impl<'m> Agent<'m> {
         entered_ns: u64,
         patient: bool,
         gate: Option<Gate>,
+        ids: Option<Ids>,
     ) -> Result<Self, Errno> {
         let Memory { inbox, outbox, scratch, streams, rings } = memory;
         let null = Fd::null()?;
@@ -135,6 +139,7 @@ impl<'m> Agent<'m> {
             connection: None,
             outbox: Outbox::new(outbox),
             gate,
+            ids,
             freeze_due: false,
             patient,
             scratch,
@@ -563,6 +568,9 @@ impl Core<'_> {
         };
         attempt(ADOPT_FAILED_CLOCK, adopt.wall_clock_ns != 0, &|| sys::set_wall_clock(adopt.wall_clock_ns));
         attempt(ADOPT_FAILED_HOSTNAME, !adopt.hostname.is_empty(), &|| sys::set_hostname(adopt.hostname));
+        attempt(ADOPT_FAILED_IDS, adopt.machine_id != [0; ID_BYTES], &|| {
+            self.ids.as_ref().ok_or(Errno::NOENT)?.set(adopt.machine_id, adopt.boot_id)
+        });
         attempt(ADOPT_FAILED_ENTROPY, !adopt.entropy.is_empty(), &|| sys::add_entropy(adopt.entropy));
         self.outbox.put(0, &ToHost::Adopted { failed });
     }

@@ -13,12 +13,16 @@
 //! file system for what a directory does. /tmp and /run lie in the overlay, which is tmpfs already;
 //! /dev/shm is a directory of devtmpfs, which is a tmpfs.
 //!
+//! Two small files say who the machine is, /etc/machine-id in the overlay and a file of /rw that is mounted over
+//! /proc/sys/kernel/random/boot_id; they stay open, because every clone writes them ([`crate::ids`]).
+//!
 //! Kernel parameters: `peregrine.thp=1` switches big folios on, which the kernel leaves off in small
 //! machines; `peregrine.batch=1` makes the agent yield to commands, which pays where a context switch is
 //! dear (see [`crate::sys::be_patient`]); `peregrine.rw=SIZE` limits what the sandbox may write (tmpfs syntax, default `50%`).
 
 use core::ffi::CStr;
 
+use crate::ids::Ids;
 use crate::sys::{
     Errno, MountFlags, be_patient, chroot_here, enter, loopback_up, make_directory, make_link, mount,
     raise_file_limit, read_file, set_hostname, set_umask, write_file,
@@ -47,13 +51,15 @@ impl<T> Step<T> for Result<T, Errno> {
     }
 }
 
-/// What the kernel's command line asks the agent for.
-pub(crate) struct Wishes {
+/// What the agent goes on with.
+pub(crate) struct Booted {
+    /// The kernel's command line asks for it, and the kernel can do it.
     pub(crate) patient: bool,
+    pub(crate) ids: Ids,
 }
 
 /// Makes the sandbox's root and enters it.
-pub(crate) fn boot() -> Result<Wishes, BootFailed> {
+pub(crate) fn boot() -> Result<Booted, BootFailed> {
     // Modes below are meant as written.
     set_umask(0);
     mount_image()?;
@@ -62,7 +68,10 @@ pub(crate) fn boot() -> Result<Wishes, BootFailed> {
     let mut cmdline = [0; CMDLINE_MAX_BYTES];
     let cmdline = read_file(c"/newroot/proc/cmdline", &mut cmdline).unwrap_or(&[]);
     limit_writable(cmdline)?;
+    let boot_id = Ids::boot().step("put a file over /proc/sys/kernel/random/boot_id")?;
     enter_root()?;
+    let machine_id = Ids::machine().step("make /etc/machine-id")?;
+    let ids = Ids::new(machine_id, boot_id);
     fill_dev()?;
     if parameter(cmdline, b"peregrine.thp=") == Some(b"1") {
         for file in THP_FILES {
@@ -76,7 +85,7 @@ pub(crate) fn boot() -> Result<Wishes, BootFailed> {
     raise_file_limit();
     set_umask(0o022);
     let patient = parameter(cmdline, b"peregrine.batch=") == Some(b"1") && be_patient().is_ok();
-    Ok(Wishes { patient })
+    Ok(Booted { patient, ids })
 }
 
 fn mount_image() -> Result<(), BootFailed> {

@@ -20,7 +20,7 @@
 //! guest                                   host
 //!   Hello                           -->
 //!   Started{RESUMED} per survivor   -->
-//!                                   <--   Adopt                 (clock, hostname, entropy)
+//!                                   <--   Adopt                 (clock, names, entropy)
 //!   Adopted                         -->
 //!                                   <--   Exec(stream)          (the host picks the stream's number)
 //!   Started | ExecFailed            -->
@@ -59,7 +59,7 @@ pub use wire::to_host::{ErrorCode, ExecFailed, Exited, Hello, Outcome, Stage, To
 pub use wire::{Header, Kind, WireError};
 
 /// Version of everything in this crate; the first two payload bytes of `Hello`, for ever.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 12;
 /// Most payload bytes one frame may carry.
@@ -89,6 +89,8 @@ pub const TEXT_MAX_BYTES: usize = 256;
 pub const BUILD_MAX_BYTES: usize = 64;
 /// Most bytes of entropy in `Adopt`.
 pub const ENTROPY_MAX_BYTES: usize = 256;
+/// Bytes of the machine's identity, and of the boot's.
+pub const ID_BYTES: usize = 16;
 /// Most bytes of the host name in `Adopt` (Linux's `__NEW_UTS_LEN`).
 pub const HOSTNAME_MAX_BYTES: usize = 64;
 
@@ -113,5 +115,7 @@ pub const ADOPT_FAILED_CLOCK: u8 = 1 << 0;
 pub const ADOPT_FAILED_HOSTNAME: u8 = 1 << 1;
 /// `Adopted`: the entropy could not be added.
 pub const ADOPT_FAILED_ENTROPY: u8 = 1 << 2;
+/// `Adopted`: the machine or boot identity could not be set.
+pub const ADOPT_FAILED_IDS: u8 = 1 << 3;
 
 const _: () = assert!(HEADER_BYTES == 12 && FRAME_MAX_BYTES == 65_548);

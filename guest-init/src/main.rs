@@ -16,6 +16,7 @@
 mod agent;
 mod boot;
 mod exec;
+mod ids;
 mod outbox;
 mod ring;
 mod stream;
@@ -26,6 +27,7 @@ use core::ffi::CStr;
 
 use agent::{Agent, Memory, Role};
 use guest_init::AGENT_PORT;
+use ids::Ids;
 use sys::{Arguments, Errno, Fd, Gate, Socket, TakeOnce};
 use text::Text;
 
@@ -43,7 +45,7 @@ fn enter(arguments: Arguments) -> ! {
                 fail("enter /", Some(errno));
             }
             let patient = false;
-            let mut agent = start(memory, Role::Hosted, entered_ns, patient, None);
+            let mut agent = start(memory, Role::Hosted, entered_ns, patient, None, None);
             agent.connected(connection);
             if let Some(listener) = listener {
                 agent.listen_on(listener);
@@ -51,12 +53,12 @@ fn enter(arguments: Arguments) -> ! {
             agent.serve()
         }
         None => {
-            let wishes = match boot::boot() {
-                Ok(wishes) => wishes,
+            let booted = match boot::boot() {
+                Ok(booted) => booted,
                 Err(failed) => fail(failed.step, Some(failed.errno)),
             };
             let gate = Gate::open().ok();
-            let mut agent = start(memory, Role::Init, entered_ns, wishes.patient, gate);
+            let mut agent = start(memory, Role::Init, entered_ns, booted.patient, gate, Some(booted.ids));
             // The host listens before it starts us. If it is gone, later connections are what is left.
             if let Ok(socket) = Socket::connect(AGENT_PORT) {
                 agent.connected(socket);
@@ -80,8 +82,9 @@ fn start(
     entered_ns: u64,
     patient: bool,
     gate: Option<Gate>,
+    ids: Option<Ids>,
 ) -> Agent<'static> {
-    match Agent::new(memory, role, entered_ns, patient, gate) {
+    match Agent::new(memory, role, entered_ns, patient, gate, ids) {
         Ok(agent) => agent,
         Err(errno) => fail("make the event loop", Some(errno)),
     }

@@ -10,8 +10,8 @@ use std::process::Command;
 use std::time::Duration;
 
 use guest_init::{
-    ADOPT_FAILED_CLOCK, ADOPT_FAILED_ENTROPY, ADOPT_FAILED_HOSTNAME, Adopt, EXEC_STDIN, ErrorCode,
-    ExecRequest, Kind, ToGuest, ToHost,
+    ADOPT_FAILED_CLOCK, ADOPT_FAILED_ENTROPY, ADOPT_FAILED_HOSTNAME, ADOPT_FAILED_IDS, Adopt, EXEC_STDIN,
+    ErrorCode, ExecRequest, Kind, ToGuest, ToHost,
 };
 use host::{Agent, Line};
 
@@ -201,9 +201,15 @@ fn frames_about_unknown_streams_are_ignored() {
 #[test]
 fn an_agent_that_is_not_pid_1_adopts_nothing() {
     let mut agent = Agent::start();
-    let adopt = Adopt { entropy: &[1; 32], wall_clock_ns: 1, hostname: b"not-this-machine" };
+    let adopt = Adopt {
+        entropy: &[1; 32],
+        wall_clock_ns: 1,
+        hostname: b"not-this-machine",
+        machine_id: [1; 16],
+        boot_id: [2; 16],
+    };
     agent.line.send(0, &ToGuest::Adopt(adopt));
-    let failed = ADOPT_FAILED_CLOCK | ADOPT_FAILED_ENTROPY | ADOPT_FAILED_HOSTNAME;
+    let failed = ADOPT_FAILED_CLOCK | ADOPT_FAILED_ENTROPY | ADOPT_FAILED_HOSTNAME | ADOPT_FAILED_IDS;
     assert_eq!(agent.line.expect(Kind::Adopted).message(), ToHost::Adopted { failed });
 }
 

@@ -53,7 +53,13 @@ fn the_bytes_to_the_guest_are_these() {
          020000006c7300020000002d6c00\
          03000000413d6200"
     );
-    let adopt = Adopt { entropy: &[0xaa, 0xbb, 0xcc], wall_clock_ns: 0x1122_3344_5566_7788, hostname: b"vm" };
+    let adopt = Adopt {
+        entropy: &[0xaa, 0xbb, 0xcc],
+        wall_clock_ns: 0x1122_3344_5566_7788,
+        hostname: b"vm",
+        machine_id: [0x4d; 16],
+        boot_id: [0xb0; 16],
+    };
     let cases: [(ToGuest<'_>, &str); 10] = [
         (ToGuest::Stdin(b"hi"), "0200000007000000020000006869"),
         (ToGuest::StdinEof, "030000000700000000000000"),
@@ -62,7 +68,15 @@ fn the_bytes_to_the_guest_are_these() {
         (ToGuest::Window { bytes: 65536 }, "06000000070000000400000000000100"),
         (ToGuest::Ping { nonce: 1 }, "0700000007000000080000000100000000000000"),
         (ToGuest::Shutdown, "080000000700000000000000"),
-        (ToGuest::Adopt(adopt), "090000000700000011000000887766554433221103000200aabbcc766d"),
+        (
+            ToGuest::Adopt(adopt),
+            concat!(
+                "090000000700000031000000887766554433221103000200",
+                "4d4d4d4d4d4d4d4d4d4d4d4d4d4d4d4d",
+                "b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0b0",
+                "aabbcc766d"
+            ),
+        ),
         (ToGuest::Close, "0a0000000700000000000000"),
         (ToGuest::Freeze, "0b0000000700000000000000"),
     ];

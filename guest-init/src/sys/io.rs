@@ -20,6 +20,14 @@ impl Fd {
         unsafe { syscall(libc::SYS_open, [path.as_ptr() as usize, flags as usize, 0, 0, 0, 0]) }.map(Fd::own)
     }
 
+    /// Makes a new file for writing.
+    pub(crate) fn create(path: &core::ffi::CStr, mode: u32) -> Result<Fd, Errno> {
+        let flags = libc::O_WRONLY | libc::O_CREAT | libc::O_EXCL | libc::O_CLOEXEC;
+        let path = path.as_ptr() as usize;
+        // SAFETY: `path` is a NUL-terminated string that lives through the call.
+        unsafe { syscall(libc::SYS_open, [path, flags as usize, mode as usize, 0, 0, 0]) }.map(Fd::own)
+    }
+
     /// `/dev/null`, with the promise that descriptors 0, 1 and 2 are taken: a pipe that landed there
     /// would be overwritten when a child puts its stdio in place.
     pub(crate) fn null() -> Result<Fd, Errno> {
@@ -40,6 +48,14 @@ impl Fd {
     pub(crate) fn write(&self, from: &[u8]) -> Result<usize, Errno> {
         // SAFETY: the kernel reads at most `from.len()` bytes of `from`.
         unsafe { syscall(libc::SYS_write, [self.raw(), from.as_ptr() as usize, from.len(), 0, 0, 0]) }
+    }
+
+    /// Writes these bytes at the beginning of a file, all of them.
+    pub(crate) fn write_start(&self, bytes: &[u8]) -> Result<(), Errno> {
+        let from = bytes.as_ptr() as usize;
+        // SAFETY: the kernel reads at most `bytes.len()` bytes of `bytes`.
+        let written = unsafe { syscall(libc::SYS_pwrite64, [self.raw(), from, bytes.len(), 0, 0, 0]) }?;
+        if written == bytes.len() { Ok(()) } else { Err(Errno::AGAIN) }
     }
 
     /// How many bytes a read would find.

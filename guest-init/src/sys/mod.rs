@@ -30,8 +30,8 @@ pub(crate) use spawn::{Scratch, SpawnFailed, SpawnRequest, spawn};
 pub(crate) use start::Arguments;
 pub(crate) use system::{
     MountFlags, add_entropy, be_patient, become_subreaper, boottime_ns, chroot_here, enter, loopback_up,
-    make_directory, make_link, mount, raise_file_limit, read_file, reboot, report_fatal, set_hostname,
-    set_umask, set_wall_clock, write_file,
+    make_directory, make_link, mount, raise_file_limit, read_file, reboot, remove, report_fatal,
+    set_hostname, set_umask, set_wall_clock, write_file,
 };
 pub(crate) use terminal::open_terminal;
 

@@ -18,6 +18,7 @@ impl MountFlags {
     pub(crate) const NO_PROGRAMS: MountFlags = MountFlags(libc::MS_NOSUID | libc::MS_NODEV | libc::MS_NOEXEC);
     pub(crate) const NO_SETUID: MountFlags = MountFlags(libc::MS_NOSUID);
     pub(crate) const MOVE: MountFlags = MountFlags(libc::MS_MOVE);
+    pub(crate) const BIND: MountFlags = MountFlags(libc::MS_BIND);
     pub(crate) const REMOUNT: MountFlags = MountFlags(libc::MS_REMOUNT);
 }
 
@@ -49,6 +50,12 @@ pub(crate) fn make_link(target: &CStr, path: &CStr) {
     // SAFETY: two NUL-terminated strings.
     let _ =
         unsafe { syscall(libc::SYS_symlink, [target.as_ptr() as usize, path.as_ptr() as usize, 0, 0, 0, 0]) };
+}
+
+/// Removes a file, if it is there.
+pub(crate) fn remove(path: &CStr) {
+    // SAFETY: a NUL-terminated string.
+    let _ = unsafe { syscall(libc::SYS_unlink, [path.as_ptr() as usize, 0, 0, 0, 0, 0]) };
 }
 
 /// Enters a directory.

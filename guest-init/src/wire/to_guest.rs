@@ -6,7 +6,8 @@ use super::decode::Frame;
 use super::fields::{Reader, Strings, Writer, at_most};
 use super::{Kind, WireError};
 use crate::{
-    ENTROPY_MAX_BYTES, EXEC_CLEAN_ENV, EXEC_LAZY_STARTED, EXEC_PTY, EXEC_STDIN, EXEC_USER, HOSTNAME_MAX_BYTES,
+    ENTROPY_MAX_BYTES, EXEC_CLEAN_ENV, EXEC_LAZY_STARTED, EXEC_PTY, EXEC_STDIN, EXEC_USER,
+    HOSTNAME_MAX_BYTES, ID_BYTES,
 };
 
 const EXEC_FLAGS: u8 = EXEC_PTY | EXEC_STDIN | EXEC_CLEAN_ENV | EXEC_USER | EXEC_LAZY_STARTED;
@@ -101,6 +102,10 @@ pub struct Adopt<'a> {
     pub wall_clock_ns: u64,
     /// The host name; empty leaves it alone.
     pub hostname: &'a [u8],
+    /// What /etc/machine-id then says; zero leaves it and the boot's alone.
+    pub machine_id: [u8; ID_BYTES],
+    /// What /proc/sys/kernel/random/boot_id then says.
+    pub boot_id: [u8; ID_BYTES],
 }
 
 impl<S: AsRef<[u8]>> ExecRequest<'_, S> {
@@ -159,6 +164,8 @@ impl<'a> Adopt<'a> {
         let (entropy, hostname) = (reader.u16()?, reader.u16()?);
         Ok(Adopt {
             wall_clock_ns,
+            machine_id: reader.array()?,
+            boot_id: reader.array()?,
             entropy: at_most(reader.bytes(entropy.into())?, ENTROPY_MAX_BYTES)?,
             hostname: at_most(reader.bytes(hostname.into())?, HOSTNAME_MAX_BYTES)?,
         })
@@ -170,6 +177,8 @@ impl<'a> Adopt<'a> {
         writer.u64(self.wall_clock_ns)?;
         writer.u16(entropy.len() as u16)?;
         writer.u16(hostname.len() as u16)?;
+        writer.bytes(&self.machine_id)?;
+        writer.bytes(&self.boot_id)?;
         writer.bytes(entropy)?;
         writer.bytes(hostname)
     }

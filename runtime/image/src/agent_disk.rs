@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
 
-use crate::digest::Inputs;
+use crate::digest::{Inputs, Key};
 use crate::error::Error;
 use crate::progress::Progress;
 use crate::recipe::MKFS_OPTIONS;
@@ -16,10 +16,20 @@ const FILE: &str = "agent.erofs";
 /// Where PID 1 mounts things before it leaves for the real root.
 const MOUNT_POINTS: &[&str] = &["dev", "lower", "newroot", "proc", "rw", "sys", "tmp"];
 
+fn key(agent_elf: &[u8]) -> Key {
+    let inputs = Inputs::new("agent/1").with("elf", agent_elf).with("tree", MOUNT_POINTS.join(" "));
+    inputs.with("mkfs.erofs", MKFS_OPTIONS.join(" ")).key()
+}
+
+/// The agent disk for this agent, if there is one in the cache already.
+pub fn existing_agent_disk(store: &Store, agent_elf: &[u8]) -> Option<PathBuf> {
+    let dir = store.lookup(Kind::Agent, &key(agent_elf)).ok()??;
+    Some(dir.join(FILE))
+}
+
 /// The agent disk for this agent: from the cache, or else made, in well under a second.
 pub fn agent_disk(store: &Store, agent_elf: &[u8], progress: &mut dyn Progress) -> Result<PathBuf, Error> {
-    let inputs = Inputs::new("agent/1").with("elf", agent_elf).with("tree", MOUNT_POINTS.join(" "));
-    let key = inputs.with("mkfs.erofs", MKFS_OPTIONS.join(" ")).key();
+    let key = key(agent_elf);
     let check = |dir: &std::path::Path| inspect::inspect_image(&dir.join(FILE)).map(|_| ());
     let dir = store.get_or_build(Kind::Agent, &key, progress, check, |place, progress| {
         let root = place.scratch.join("root");

@@ -23,7 +23,7 @@ mod store;
 mod tool;
 mod unpack;
 
-pub use agent_disk::agent_disk;
+pub use agent_disk::{agent_disk, existing_agent_disk};
 pub use default_image::{ImageArtifact, default_image, refresh_default_image};
 pub use digest::Key;
 pub use error::Error;

@@ -12,8 +12,10 @@
 use std::fmt::Display;
 use std::fs::{self, File, TryLockError};
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 
@@ -130,18 +132,41 @@ impl Store {
 
     /// All complete entries of a kind, damaged ones left out, by key.
     pub fn entries(&self, kind: Kind) -> Result<Vec<Entry>, Error> {
-        let dir = self.root.join(kind.name());
-        let mut entries = Vec::new();
-        for name in names_in(&dir)? {
-            let Some(key) = name.to_str().and_then(Key::parse) else { continue };
-            if let Ok(Some(record)) = self.record(kind, &key) {
-                let bytes = record.files.iter().map(|file| file.bytes).sum();
-                let dir = dir.join(key.as_str());
-                entries.push(Entry { kind, key, dir, bytes, made_from: record.made_from });
-            }
-        }
-        entries.sort_by(|a, b| a.key.cmp(&b.key));
-        Ok(entries)
+        let sound = |key| self.entry(kind, key).ok().flatten();
+        Ok(self.keys(kind)?.iter().filter_map(sound).collect())
+    }
+
+    /// The keys of all entries of a kind, damaged ones too, in order.
+    pub fn keys(&self, kind: Kind) -> Result<Vec<Key>, Error> {
+        let names = names_in(&self.root.join(kind.name()))?;
+        Ok(names.iter().filter_map(|name| name.to_str().and_then(Key::parse)).collect())
+    }
+
+    /// One entry, as its record describes it; `None` if there is none, `Error::Corrupt` if it is damaged.
+    pub fn entry(&self, kind: Kind, key: &Key) -> Result<Option<Entry>, Error> {
+        let Some(record) = self.record(kind, key)? else { return Ok(None) };
+        let bytes = record.files.iter().map(|file| file.bytes).sum();
+        let dir = self.entry_dir(kind, key);
+        Ok(Some(Entry { kind, key: key.clone(), dir, bytes, made_from: record.made_from }))
+    }
+
+    /// Notes that an entry is used now. A cache that cannot be written to is no reason to fail.
+    pub fn note_use(&self, kind: Kind, key: &Key) {
+        let record = File::open(self.entry_dir(kind, key).join(RECORD));
+        let _ = record.and_then(|record| record.set_modified(SystemTime::now()));
+    }
+
+    /// When an entry was made or used last; `None` if there is no record of it.
+    pub fn last_use(&self, kind: Kind, key: &Key) -> Option<SystemTime> {
+        self.entry_dir(kind, key).join(RECORD).metadata().and_then(|record| record.modified()).ok()
+    }
+
+    /// What an entry takes of the disk: the blocks of its files, whose holes take none.
+    pub fn disk_bytes(&self, kind: Kind, key: &Key) -> Result<u64, Error> {
+        let dir = self.entry_dir(kind, key);
+        let blocks = |name| dir.join(name).symlink_metadata().map_or(0, |file| file.blocks());
+        // In units of 512 bytes, whatever the file system's are (stat(2)).
+        Ok(names_in(&dir)?.iter().map(blocks).sum::<u64>() * 512)
     }
 
     /// Reads every byte of an entry and compares with its record; `false` where there is no such entry.

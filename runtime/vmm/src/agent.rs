@@ -7,7 +7,7 @@ use crate::event_loop::ring::peek_bytes;
 use crate::snapshot::AgentState;
 use guest_init::{
     Adopt, Decoder, EXEC_LAZY_STARTED, EXEC_PTY, EXEC_STDIN, ExecFailed, ExecRequest, Exited,
-    FRAME_MAX_BYTES, INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES, ToGuest, ToHost, VERSION, WireError,
+    FRAME_MAX_BYTES, ID_BYTES, INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES, ToGuest, ToHost, VERSION, WireError,
 };
 use std::collections::BTreeSet;
 use std::io::{self, Read as _, Write as _};
@@ -112,21 +112,35 @@ pub struct Identity {
     pub hostname: String,
     /// Fresh entropy, used once.
     pub entropy: [u8; 64],
+    /// What its /etc/machine-id says.
+    pub machine_id: [u8; ID_BYTES],
+    /// What its /proc/sys/kernel/random/boot_id says.
+    pub boot_id: [u8; ID_BYTES],
 }
 
 impl Identity {
-    /// A new identity: fresh entropy from the host's kernel, and a host name derived from it.
+    /// A new identity, all of it fresh from the host's kernel's random bytes.
     ///
     /// # Errors
     /// If the host's kernel gives no random bytes.
     pub fn fresh() -> io::Result<Self> {
-        let mut random = [0_u8; 72];
+        let mut random = [0_u8; 100];
         rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
         let mut entropy = [0; 64];
         entropy.copy_from_slice(&random[..64]);
         let name: String = random[64..68].iter().map(|b| format!("{b:02x}")).collect();
-        Ok(Self { hostname: format!("pg-{name}"), entropy })
+        let (machine_id, boot_id) = (uuid(&random[68..84]), uuid(&random[84..100]));
+        Ok(Self { hostname: format!("pg-{name}"), entropy, machine_id, boot_id })
     }
+}
+
+/// Random bytes as a UUID of version 4 (RFC 9562, 5.4).
+fn uuid(random: &[u8]) -> [u8; ID_BYTES] {
+    let mut id = [0; ID_BYTES];
+    id.copy_from_slice(random);
+    id[6] = id[6] & 0x0f | 0x40;
+    id[8] = id[8] & 0x3f | 0x80;
+    id
 }
 
 /// A connection to a guest's agent.
@@ -296,6 +310,8 @@ impl Agent {
             entropy: &identity.entropy,
             wall_clock_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             hostname: identity.hostname.as_bytes(),
+            machine_id: identity.machine_id,
+            boot_id: identity.boot_id,
         };
         let mut frame = vec![0; 1024];
         let len = ToGuest::Adopt(adopt).encode(0, &mut frame)?;

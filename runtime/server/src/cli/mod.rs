@@ -4,10 +4,12 @@
 
 mod doctor;
 mod error;
+mod guest;
 mod progress;
 mod run;
 mod session;
 mod stdio;
+mod template;
 mod timing;
 
 use clap::{Parser, Subcommand};
@@ -34,6 +36,7 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(Box<run::RunArgs>),
+    Template(template::TemplateArgs),
     Doctor(doctor::DoctorArgs),
     /// One microVM's process, spoken to over its standard input
     #[command(hide = true)]
@@ -51,6 +54,7 @@ pub(crate) fn main() -> ExitCode {
     let args = Args::parse();
     let result = match args.verb {
         Verb::Run(run) => run::run(&run, args.cache),
+        Verb::Template(template) => template::template(&template, args.cache),
         Verb::Doctor(doctor) => doctor::doctor(&doctor, args.cache),
         Verb::Worker => worker(),
     };

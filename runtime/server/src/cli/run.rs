@@ -1,14 +1,15 @@
 //! `peregrine run`: the main job. One sandbox, one command, its output as it comes, its exit code.
 
+use super::guest::GuestArgs;
 use super::session::{self, Ended};
 use super::timing::Timing;
 use super::{CliError, progress, stdio};
 use clap::Args;
-use peregrine::artefacts::{Artefacts, Wanted};
+use peregrine::artefacts::Artefacts;
 use peregrine::template;
 use peregrine_vmm::agent::{Command, Outcome};
 use peregrine_vmm::profile::Symbols;
-use peregrine_vmm::{DiskConfig, MicroVm, VmConfig};
+use peregrine_vmm::{MicroVm, VmConfig};
 use std::ffi::OsString;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::PathBuf;
@@ -35,18 +36,8 @@ const PROFILE_INTERVAL: Duration = Duration::from_millis(1);
 /// other, and Ctrl-] twice ends the microVM.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
-    /// Root file system: a path to an EROFS image [default: the built-in Debian image]
-    #[arg(long, value_name = "PATH")]
-    image: Option<PathBuf>,
-    /// Guest kernel: a path to an uncompressed vmlinux [default: built from Debian's source]
-    #[arg(long, value_name = "PATH")]
-    kernel: Option<PathBuf>,
-    /// Virtual CPUs, 1 to 32
-    #[arg(long, default_value_t = 1, value_name = "N")]
-    vcpus: u32,
-    /// Guest memory in MiB, 64 to what the host has
-    #[arg(long = "mem", default_value_t = 256, value_name = "MIB")]
-    mem_mib: u64,
+    #[command(flatten)]
+    guest: GuestArgs,
     /// Set an environment variable in the guest; may be repeated
     #[arg(long = "env", short = 'e', value_name = "NAME=VALUE")]
     env: Vec<OsString>,
@@ -77,9 +68,6 @@ pub(crate) struct RunArgs {
     /// Stacks are found by scanning: a frame may be missing, and seldom one is wrong.
     #[arg(long, value_name = "FILE")]
     profile_guest: Option<PathBuf>,
-    /// More kernel parameters
-    #[arg(long, default_value = "", value_name = "PARAMETERS", hide_default_value = true)]
-    kernel_parameters: String,
     /// The command and its arguments
     #[arg(last = true, required = true, value_name = "CMD")]
     command: Vec<OsString>,
@@ -96,11 +84,7 @@ impl RunArgs {
 pub(crate) fn run(args: &RunArgs, cache: Option<PathBuf>) -> Result<u8, CliError> {
     let begun = Instant::now();
     let command = command(args)?;
-    // What needs no artefacts is checked before any is built.
-    peregrine_vmm::vm::check_size(args.vcpus, args.mem_mib)?;
-    peregrine_vmm::vm::open_kvm()?;
-    let wanted = Wanted { cache, kernel: args.kernel.clone(), image: args.image.clone() };
-    let artefacts = Artefacts::prepare(&wanted, progress::for_stderr().as_mut())?;
+    let artefacts = args.guest.prepare(cache, progress::for_stderr().as_mut())?;
     let config = config(args, &artefacts);
     // Everything is checked before a template is made of it.
     let mut timing;
@@ -158,15 +142,10 @@ fn check_env(given: &OsString) -> Result<Vec<u8>, CliError> {
 }
 
 fn config(args: &RunArgs, artefacts: &Artefacts) -> VmConfig {
-    let disk = |path: &PathBuf| DiskConfig { path: path.clone(), read_only: true };
     VmConfig {
-        kernel: artefacts.kernel.clone(),
-        vcpus: args.vcpus,
-        mem_mib: args.mem_mib,
-        disks: vec![disk(&artefacts.agent_disk), disk(&artefacts.image)],
-        kernel_parameters: args.kernel_parameters.clone(),
         verbose: args.console,
         profile: args.profile_guest.is_some().then_some(PROFILE_INTERVAL),
+        ..args.guest.config(artefacts)
     }
 }
 

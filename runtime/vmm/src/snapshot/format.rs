@@ -131,3 +131,6 @@ pub fn encode(snapshot: &Snapshot) -> Result<Vec<u8>, FormatError> {
     let sum = checksum(&lengths, &body);
     Ok([lengths.as_slice(), &sum, &body].concat())
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,12 +1,17 @@
 //! Templates: a guest booted once, warmed up and frozen, of which every later sandbox is a clone.
 //!
 //! ```text
-//! boot -> adopt -> warm-up commands -> idle -> freeze: <cache>/template/<key>/{memory, state}
+//! boot -> adopt -> warm-up commands -> idle -> freeze: <cache>/template/<key>/{memory, state, inputs.json}
 //! ```
 //!
 //! The key covers every input that matters; a template that this host or this build cannot use is made again, never loaded.
 
-use peregrine_image::{Key, Progress, Store};
+mod catalogue;
+
+pub use catalogue::{Listed, list, named};
+
+use catalogue::Inputs;
+use peregrine_image::{Key, Kind, Progress, Store};
 use peregrine_vmm::agent::{Agent, AgentError, Command};
 use peregrine_vmm::snapshot::{Compat, MEMORY_FILE, SnapshotError, Stored};
 use peregrine_vmm::{MicroVm, VmConfig, VmmError};
@@ -31,7 +36,7 @@ const IDLE_PATIENCE: Duration = Duration::from_secs(3);
 /// How long a guest at rest may take to its freeze point.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bumped when the way templates are made changes.
-const RECIPE: &str = "6";
+const RECIPE: &str = "7";
 
 /// Why there is no template.
 #[derive(Debug, thiserror::Error)]
@@ -50,6 +55,14 @@ pub enum TemplateError {
     Guest {
         /// The microVM's own reason if it has one, else the agent's.
         why: String,
+    },
+    /// Nothing is called so.
+    #[error("template {name:?}: {problem}")]
+    Name {
+        /// What was given.
+        name: String,
+        /// Why that is no name.
+        problem: &'static str,
     },
     /// A file cannot be looked at.
     #[error("cannot read {path}: {source}")]
@@ -103,6 +116,7 @@ pub fn prepare(
     let key = key(config)?;
     let check = |dir: &Path| -> Result<(), TemplateError> { Ok(Stored::open(dir)?.verify_memory()?) };
     let dir = store.template(&key, progress, check, |out, progress| make(config, out, progress))?;
+    store.note_use(Kind::Template, &key);
     Ok(Stored::open(&dir)?)
 }
 
@@ -127,12 +141,10 @@ fn make(config: &VmConfig, out: &Path, progress: &mut dyn Progress) -> Result<Ve
     rest(&vm);
     vm.freeze_point(&agent, FREEZE_TIMEOUT).map_err(|e| guest(&vm, e))?;
     vm.freeze(&agent, &image, out)?;
+    Inputs::of(config).write(out)?;
     progress.advance(steps);
     progress.end();
-    let name = |path: &Path| path.display().to_string();
-    let mut made_from = vec![format!("{} vCPUs, {} MiB", config.vcpus, config.mem_mib), name(&config.kernel)];
-    made_from.extend(config.disks.iter().map(|disk| name(&disk.path)));
-    Ok(made_from)
+    Ok(Inputs::of(config).made_from())
 }
 
 fn warm_up(agent: &mut Agent, argv: &[&str]) -> Result<(), AgentError> {

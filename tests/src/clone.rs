@@ -1,0 +1,72 @@
+//! Clones: guests restored from a template.
+
+use peregrine_vmm::agent::{Agent, Command, Identity, Output};
+use peregrine_vmm::snapshot::Stored;
+use peregrine_vmm::{MicroVm, VmConfig, VmmError};
+use std::time::Duration;
+
+/// Longer than any command of a test is silent: a lost guest fails its test, and does not hang it.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+/// Longer than any restore, however loaded the machine is.
+const ADOPT_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A restored guest that was told who it is.
+pub struct Clone {
+    /// The microVM.
+    pub vm: MicroVm,
+    /// Its agent.
+    pub agent: Agent,
+    /// What it was told.
+    pub identity: Identity,
+}
+
+impl Clone {
+    /// Restores a template that was made from `config`, and gives the clone an identity of its own.
+    ///
+    /// # Panics
+    /// If it does not come up; with the console's text.
+    #[must_use]
+    pub fn of(template: &Stored, config: &VmConfig) -> Self {
+        let vm = Self::restore(template, config).unwrap_or_else(|e| panic!("{e}"));
+        let identity = Identity::fresh().unwrap_or_else(|e| panic!("{e}"));
+        let mut agent = vm.adopt(&identity, ADOPT_TIMEOUT).unwrap_or_else(|e| {
+            panic!("{e}; stop reason {:?}; console:\n{}", vm.stop_reason(), vm.console_text())
+        });
+        agent.set_timeout(Some(PATIENCE)).unwrap_or_else(|e| panic!("{e}"));
+        Self { vm, agent, identity }
+    }
+
+    /// Restores a template that was made from `config`; the guest stands still.
+    ///
+    /// # Errors
+    /// What does not fit.
+    ///
+    /// # Panics
+    /// If a disk or `/dev/kvm` cannot be opened.
+    pub fn restore(template: &Stored, config: &VmConfig) -> Result<MicroVm, VmmError> {
+        let disks = config.open_disks().unwrap_or_else(|e| panic!("{e}"));
+        let kvm = peregrine_vmm::vm::open_kvm().unwrap_or_else(|e| panic!("{e}"));
+        MicroVm::restore(template, disks, &kvm)
+    }
+
+    /// Runs a command in the guest with `stdin`.
+    ///
+    /// # Panics
+    /// If the guest is lost; with its stop reason.
+    pub fn run(&mut self, argv: &[&str], stdin: &[u8]) -> Output {
+        self.agent.output(&Command::new(argv), stdin).unwrap_or_else(|e| {
+            panic!("{e}; stop reason {:?}; console:\n{}", self.vm.stop_reason(), self.vm.console_text())
+        })
+    }
+
+    /// The standard output of a bash script, trimmed; it must succeed and say nothing on standard error.
+    ///
+    /// # Panics
+    /// If it does not.
+    pub fn said(&mut self, script: &str) -> String {
+        let output = self.run(&["bash", "-c", script], b"");
+        let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!((output.code(), stderr.as_str()), (0, ""), "{script}");
+        String::from_utf8_lossy(&output.stdout).trim().to_owned()
+    }
+}
