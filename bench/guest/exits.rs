@@ -1,4 +1,5 @@
-//! A program that exits, and nothing else: what spawning a program costs, without what its run-time library does.
+//! A program that exits, and nothing else: what spawning a program costs, without what its run-time library
+//! does.
 //!
 //! Built by the suite with rustc alone, without libc and start-up files.
 #![no_std]

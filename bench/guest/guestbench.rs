@@ -1,8 +1,8 @@
 //! What guest-kernel work costs, measured from inside: `guestbench ITEM [N]` does ITEM N times and prints the
 //! nanoseconds of each, one a line. The host counts the emulated instructions beside it.
 //!
-//! Built by the suite with rustc alone, as one static file; the few C functions it needs are declared here. Beside
-//! it, as `PATH-exits`, lies the program of `exits.rs`.
+//! Built by the suite with rustc alone, as one static file; the few C functions it needs are declared here.
+//! Beside it, as `PATH-exits`, lies the program of `exits.rs`.
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::hint::black_box;

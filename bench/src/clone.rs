@@ -1,7 +1,8 @@
 //! The suites of what templates are for: `create` (pool hit and miss), `destroy`, `exec`, `fork`,
 //! `hibernate` and `resume`, and `density`.
 //!
-//! Each sandbox is a worker process of its own, as in production; this binary is the worker too ([`become_worker_if_asked`]).
+//! Each sandbox is a worker process of its own, as in production; this binary is the worker too
+//! ([`become_worker_if_asked`]).
 
 use crate::boot::{TIMEOUT, config};
 use crate::record::{Promise, Recorder, Unit};

@@ -1,5 +1,6 @@
-//! The `guest` suite: what guest-kernel work costs inside a microVM, and how many instructions KVM emulated for it.
-//! The program is `bench/guest/guestbench.rs`; the levers can be switched off, to measure before beside after.
+//! The `guest` suite: what guest-kernel work costs inside a microVM, and how many instructions KVM emulated
+//! for it. The program is `bench/guest/guestbench.rs`; the levers can be switched off, to measure before
+//! beside after.
 
 use crate::boot::{TIMEOUT, config};
 use crate::record::{Promise, Recorder, Unit};
@@ -47,7 +48,8 @@ const ITEMS: &[Item] = &[
     item("python-50mb", "posix_spawn of python3 that fills a bytes object of 50 MB, wait", 2, Some(1500.0)),
 ];
 
-/// Kernel parameters that switch the levers of software KVM off: the later word wins, and `bulk_memory=` replaces ours.
+/// Kernel parameters that switch the levers of software KVM off: the later word wins, and `bulk_memory=`
+/// replaces ours.
 pub const LEVERS_OFF: &str = "syscall_by_fault bulk_memory=0 file_around=0,0 cow_around=0 pipe_runs=0 \
                               pelt_step=1 tick_stretch=1 peregrine.thp=0 peregrine.batch=0";
 

@@ -1,5 +1,6 @@
-//! Measuring what Peregrine promises: each suite drives the real thing and hands its samples to a [`Recorder`],
-//! which both criterion and the report read. May use everything of ours; nothing of ours uses it.
+//! Measuring what Peregrine promises: each suite drives the real thing and hands its samples to a
+//! [`Recorder`], which both criterion and the report read. May use everything of ours; nothing of ours uses
+//! it.
 
 pub mod boot;
 pub mod clone;

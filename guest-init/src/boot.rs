@@ -13,12 +13,13 @@
 //! file system for what a directory does. /tmp and /run lie in the overlay, which is tmpfs already;
 //! /dev/shm is a directory of devtmpfs, which is a tmpfs.
 //!
-//! Two small files say who the machine is, /etc/machine-id in the overlay and a file of /rw that is mounted over
-//! /proc/sys/kernel/random/boot_id; they stay open, because every clone writes them ([`crate::ids`]).
+//! Two small files say who the machine is, /etc/machine-id in the overlay and a file of /rw that is mounted
+//! over /proc/sys/kernel/random/boot_id; they stay open, because every clone writes them ([`crate::ids`]).
 //!
 //! Kernel parameters: `peregrine.thp=1` switches big folios on, which the kernel leaves off in small
-//! machines; `peregrine.batch=1` makes the agent yield to commands, which pays where a context switch is
-//! dear (see [`crate::sys::be_patient`]); `peregrine.rw=SIZE` limits what the sandbox may write (tmpfs syntax, default `50%`).
+//! machines; `peregrine.batch=1` makes the agent yield to commands, which pays where a context switch is dear
+//! (see [`crate::sys::be_patient`]); `peregrine.rw=SIZE` limits what the sandbox may write (tmpfs syntax,
+//! default `50%`).
 
 use core::ffi::CStr;
 

@@ -1,8 +1,9 @@
-//! Who the machine is, in the two files where programs look: /etc/machine-id and /proc/sys/kernel/random/boot_id.
+//! Who the machine is, in the two files where programs look: /etc/machine-id and
+//! /proc/sys/kernel/random/boot_id.
 //!
-//! Made once at boot and kept open, so that a clone's new identity is two small writes. The kernel's own boot_id cannot be
-//! changed, and would be the same in all clones; so a file lies over it. What programs then do with these files, root
-//! in the sandbox may: nothing here depends on it.
+//! Made once at boot and kept open, so that a clone's new identity is two small writes. The kernel's own
+//! boot_id cannot be changed, and would be the same in all clones; so a file lies over it. What programs then
+//! do with these files, root in the sandbox may: nothing here depends on it.
 
 use core::ffi::CStr;
 
@@ -39,7 +40,8 @@ impl Ids {
         Ok(file)
     }
 
-    /// In the new root. The image's own, if it has one, would be the same in all sandboxes; and it may be a link.
+    /// In the new root. The image's own, if it has one, would be the same in all sandboxes; and it may be a
+    /// link.
     pub(crate) fn machine() -> Result<Fd, Errno> {
         remove(MACHINE_ID);
         match Fd::create(MACHINE_ID, 0o444) {

@@ -42,8 +42,8 @@
 //!
 //! **Freezing.** `Freeze` is answered by no frame: once all it has to say is sent, the agent writes
 //! [`GATE_FREEZE`] to [`GATE_REGISTER`], and every clone of the guest begins behind that instruction. It then
-//! reads the register and takes as many bytes of frames from the mailbox, before any from its connection. A guest that
-//! cannot reach the register (a kernel without /dev/mem) goes on, and the host gives up waiting.
+//! reads the register and takes as many bytes of frames from the mailbox, before any from its connection. A
+//! guest that cannot reach the register (a kernel without /dev/mem) goes on, and the host gives up waiting.
 //!
 //! **Errors.** A frame that cannot be understood is answered with `Error` and the connection is
 //! closed; commands go on.

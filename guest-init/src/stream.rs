@@ -7,12 +7,12 @@
 //!                  +--Close: output is discarded from here on-------+ (Exited is still sent)
 //! ```
 //!
-//! **When a command is over.** `Exited` is sent when its process was reaped and its output was sent.
-//! Usually its pipes are at their end by then. If background processes still hold them, the output is what lay in the
-//! pipes when the process was reaped: that much is sent, however much is written meanwhile, and
-//! `Exited` follows. The background processes go on, as after `docker exec`, and what they write
-//! later is read and thrown away, so that they neither block nor get SIGPIPE. On a terminal they get
-//! SIGHUP, as the kernel does it when the session's leader ends.
+//! **When a command is over.** `Exited` is sent when its process was reaped and its output was sent. Usually
+//! its pipes are at their end by then. If background processes still hold them, the output is what lay in the
+//! pipes when the process was reaped: that much is sent, however much is written meanwhile, and `Exited`
+//! follows. The background processes go on, as after `docker exec`, and what they write later is read and
+//! thrown away, so that they neither block nor get SIGPIPE. On a terminal they get SIGHUP, as the kernel does
+//! it when the session's leader ends.
 
 use guest_init::{Exited, INITIAL_WINDOW_BYTES, Kind, Outcome, ToHost};
 

@@ -33,7 +33,8 @@ fn main() -> io::Result<()> {
     std::fs::write(required("OUT_DIR")?.join("embedded_kernels.rs"), table)
 }
 
-/// Every regular file under `dir` that can change a kernel: not hidden ones (editor and git droppings), not texts.
+/// Every regular file under `dir` that can change a kernel: not hidden ones (editor and git droppings), not
+/// texts.
 fn collect(dir: &Path, files: &mut Vec<PathBuf>) -> io::Result<()> {
     for entry in std::fs::read_dir(dir)? {
         let entry = entry?;

@@ -1,6 +1,6 @@
-//! A program for the guest and, to compare with, the host: do pipes behave as Linux's? It prints what the system
-//! calls returned, line by line; the guest's kernel, which copies runs of pages at once, has to print what the
-//! host's does. Data that came out other than it went in ends the program.
+//! A program for the guest and, to compare with, the host: do pipes behave as Linux's? It prints what the
+//! system calls returned, line by line; the guest's kernel, which copies runs of pages at once, has to print
+//! what the host's does. Data that came out other than it went in ends the program.
 //!
 //! Built by the tests with rustc alone, as one static file.
 

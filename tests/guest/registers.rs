@@ -1,8 +1,8 @@
 //! A program for the guest (and, to compare with, the host): do vector registers survive?
 //!
-//! `registers switch N` starts a second process; each fills all vector registers with its own pattern, gives up
-//! the CPU with the registers live, and looks at them again, N times. It prints `switches mismatches`, summed
-//! over both. `registers work` prints a checksum of vectorised arithmetic.
+//! `registers switch N` starts a second process; each fills all vector registers with its own pattern, gives
+//! up the CPU with the registers live, and looks at them again, N times. It prints `switches mismatches`,
+//! summed over both. `registers work` prints a checksum of vectorised arithmetic.
 //!
 //! Built by the tests with rustc alone, as one static file.
 
@@ -35,8 +35,8 @@ macro_rules! across_a_switch {
     ($name:ident, $feature:literal, $mov:literal, $reg:literal, [$($n:literal $xmm:tt)*]) => {
         #[target_feature(enable = $feature)]
         unsafe fn $name(before: &Registers, after: &mut Registers) {
-            // SAFETY: `target_feature` makes the caller vouch for the instructions; `Registers` is aligned and large
-            // enough for every move; SYSCALL clobbers RCX and R11 alone.
+            // SAFETY: `target_feature` makes the caller vouch for the instructions; `Registers` is aligned
+            // and large enough for every move; SYSCALL clobbers RCX and R11 alone.
             unsafe {
                 asm!(
                     $(concat!($mov, " ", $reg, $n, ", [{before} + 64*", $n, "]"),)*

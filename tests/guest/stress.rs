@@ -1,6 +1,7 @@
-//! A program for the guest and, to compare with, the host: work that is hard on a kernel, with a digest of what
-//! came of it. `stress SCALE DIR PART...` prints a line `PART DIGEST` for each part; the digest depends on SCALE and
-//! part alone, so that guest and host must agree. What a kernel gets wrong in between ends the program with words.
+//! A program for the guest and, to compare with, the host: work that is hard on a kernel, with a digest of
+//! what came of it. `stress SCALE DIR PART...` prints a line `PART DIGEST` for each part; the digest depends
+//! on SCALE and part alone, so that guest and host must agree. What a kernel gets wrong in between ends the
+//! program with words.
 //!
 //! Built by the tests with rustc alone, as one static file; the few C functions it needs are declared here.
 
@@ -227,7 +228,8 @@ fn maps(scale: usize) -> u64 {
             4 => {
                 let mut other = Map::anonymous((pages + 2) * PAGE);
                 fill(other.bytes(), random.next());
-                // SAFETY: moves pages of `other` over pages of this mapping; they are not touched there again.
+                // SAFETY: moves pages of `other` over pages of this mapping; they are not touched there
+                // again.
                 let moved = unsafe {
                     let to = map.at.add(start).cast::<c_void>();
                     mremap(other.at.add(PAGE).cast(), pages * PAGE, pages * PAGE, 3, to)
@@ -410,8 +412,9 @@ fn threads(scale: usize) -> u64 {
     sum.into_inner().expect("lock")
 }
 
-/// Large files of the root image read, mapped and privately written while anonymous memory takes most of the RAM, so
-/// that the kernel reclaims. The files differ from host to host, so the digest is of whether all was right.
+/// Large files of the root image read, mapped and privately written while anonymous memory takes most of the
+/// RAM, so that the kernel reclaims. The files differ from host to host, so the digest is of whether all was
+/// right.
 fn pressure(scale: usize) -> u64 {
     let names = ["/usr/bin/python3", "/usr/bin/bash", "/lib/x86_64-linux-gnu/libc.so.6", "/usr/bin/sort"];
     let files: Vec<File> = names.iter().filter_map(|name| File::open(name).ok()).collect();

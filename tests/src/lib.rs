@@ -1,5 +1,6 @@
-//! What the tests of the whole stand on: one Linux microVM that a test binary boots once and shares, its clones, bare
-//! kernels of a few bytes for what Linux cannot be asked to do, and the built `peregrine` command.
+//! What the tests of the whole stand on: one Linux microVM that a test binary boots once and shares, its
+//! clones, bare kernels of a few bytes for what Linux cannot be asked to do, and the built `peregrine`
+//! command.
 
 pub mod bare;
 mod clone;

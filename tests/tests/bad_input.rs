@@ -87,7 +87,8 @@ fn a_bad_image_is_named_with_what_is_wrong() {
 
 #[test]
 fn without_dev_kvm_the_error_says_what_to_do() {
-    // A process that cannot see /dev/kvm: an empty directory is bound over it in a mount namespace of its own.
+    // A process that cannot see /dev/kvm: an empty directory is bound over it in a mount namespace of its
+    // own.
     let dir = tempfile::tempdir().unwrap();
     let script =
         format!("mount --bind {0} /dev && exec {1} run -- true", dir.path().display(), peregrine().display());

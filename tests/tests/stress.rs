@@ -1,6 +1,6 @@
-//! Work that is hard on the guest kernel, with digests that must be the host's: on software KVM the kernel's copies,
-//! faults and context switches go ways of our own. `PEREGRINE_STRESS` makes it longer (its default is 1), and
-//! `PEREGRINE_STRESS_PARAMETERS` adds kernel parameters, such as those that switch the levers off.
+//! Work that is hard on the guest kernel, with digests that must be the host's: on software KVM the kernel's
+//! copies, faults and context switches go ways of our own. `PEREGRINE_STRESS` makes it longer (its default is
+//! 1), and `PEREGRINE_STRESS_PARAMETERS` adds kernel parameters, such as those that switch the levers off.
 #![allow(clippy::unwrap_used)]
 
 use peregrine_vmm::VmConfig;

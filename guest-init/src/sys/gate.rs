@@ -1,5 +1,5 @@
-//! The gate: a register page of the VMM and a page range of the guest's own memory, both mapped into this process, so that
-//! a frozen guest gets its first request without an interrupt and without its kernel.
+//! The gate: a register page of the VMM and a page range of the guest's own memory, both mapped into this
+//! process, so that a frozen guest gets its first request without an interrupt and without its kernel.
 
 use core::ffi::c_int;
 use core::ptr;
@@ -30,8 +30,8 @@ impl Gate {
         Ok(Gate { register: register as *mut u32, mailbox: mailbox as *const u8 })
     }
 
-    /// Stands still until the host lets the guest go on: this instruction is where clones of it begin. Then copies
-    /// what the host has left for it to `into` and says how much that is.
+    /// Stands still until the host lets the guest go on: this instruction is where clones of it begin. Then
+    /// copies what the host has left for it to `into` and says how much that is.
     pub(crate) fn freeze(self, into: &mut [u8]) -> usize {
         // SAFETY: the register page is mapped for ever, and each access is one exit to the VMM.
         let len = unsafe {
@@ -40,7 +40,8 @@ impl Gate {
         };
         let len = (len as usize).min(into.len()).min(GATE_MAILBOX_BYTES);
         for (at, byte) in into[..len].iter_mut().enumerate() {
-            // SAFETY: inside the mailbox, which is mapped for ever; only the VMM writes it, while the guest stands still.
+            // SAFETY: inside the mailbox, which is mapped for ever; only the VMM writes it, while the guest
+            // stands still.
             *byte = unsafe { ptr::read_volatile(self.mailbox.add(at)) };
         }
         len

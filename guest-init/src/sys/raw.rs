@@ -48,8 +48,8 @@ pub(super) unsafe fn clone_vfork<T>(
 ) -> Result<usize, Errno> {
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD;
     let mut result = libc::SYS_clone as isize;
-    // SAFETY: in the parent this is an ordinary system call. The child begins at the instruction after it with
-    // the same registers and an empty stack, calls `entry` as the C convention wants it (RSP 16-byte
+    // SAFETY: in the parent this is an ordinary system call. The child begins at the instruction after it
+    // with the same registers and an empty stack, calls `entry` as the C convention wants it (RSP 16-byte
     // aligned before the call), and never comes back from it.
     unsafe {
         asm!(

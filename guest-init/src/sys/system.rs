@@ -135,8 +135,8 @@ pub(crate) fn add_entropy(bytes: &[u8]) -> Result<(), Errno> {
     let added = unsafe { syscall(libc::SYS_ioctl, [device.raw(), RNDADDENTROPY, at, 0, 0, 0]) };
     // SAFETY: takes no pointers.
     let reseeded = unsafe { syscall(libc::SYS_ioctl, [device.raw(), RNDRESEEDCRNG, 0, 0, 0, 0]) };
-    // SAFETY: `info` is ours; a volatile write is not optimised away. The seed must not stay on the stack, where
-    // a snapshot would keep it.
+    // SAFETY: `info` is ours; a volatile write is not optimised away. The seed must not stay on the stack,
+    // where a snapshot would keep it.
     unsafe { ptr::write_volatile(&raw mut info.buffer, [0; guest_init::ENTROPY_MAX_BYTES]) };
     added.and(reseeded).map(drop)
 }

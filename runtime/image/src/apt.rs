@@ -30,7 +30,8 @@ impl std::fmt::Display for Choice {
 pub(crate) struct Apt {
     dir: PathBuf,
     lists: PathBuf,
-    /// Why fetching lists failed: one unreachable source is enough for that, so it counts only if packages are missing.
+    /// Why fetching lists failed: one unreachable source is enough for that, so it counts only if packages
+    /// are missing.
     update_failure: Option<Error>,
 }
 
@@ -76,8 +77,8 @@ impl Apt {
         Ok(chosen)
     }
 
-    /// Downloads the packages; the files are in the returned directory. Fails where the lists are older than the
-    /// mirror and name a version that is gone: then `update` and choose again.
+    /// Downloads the packages; the files are in the returned directory. Fails where the lists are older than
+    /// the mirror and name a version that is gone: then `update` and choose again.
     pub(crate) fn download(&self, choices: &[Choice], progress: &mut dyn Progress) -> Result<PathBuf, Error> {
         let debs = self.dir.join("debs");
         // An earlier try may have left some, of other versions.
@@ -151,7 +152,8 @@ impl Apt {
     }
 }
 
-/// `Inst bash (5.2.15-2+b13 Debian:12.15/oldstable [amd64])`, as `apt-get --simulate` prints each chosen package.
+/// `Inst bash (5.2.15-2+b13 Debian:12.15/oldstable [amd64])`, as `apt-get --simulate` prints each chosen
+/// package.
 fn parse_inst(line: &str) -> Option<Choice> {
     let mut words = line.strip_prefix("Inst ")?.split(' ');
     let name = words.next()?;

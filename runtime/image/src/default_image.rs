@@ -1,8 +1,9 @@
 //! The default root file system, made from Debian packages of the machine's own release.
 //!
 //! Two keys. The image's own is over its packages with their versions and all that is done to them; finding
-//! it takes apt two seconds. So the recipe's key, over what is asked for and of which release, leads by a small file
-//! to the image made last: later runs ask nothing. New package versions come with `refresh_default_image`.
+//! it takes apt two seconds. So the recipe's key, over what is asked for and of which release, leads by a
+//! small file to the image made last: later runs ask nothing. New package versions come with
+//! `refresh_default_image`.
 
 use std::fs;
 use std::path::{Path, PathBuf};

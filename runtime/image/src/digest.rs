@@ -41,7 +41,8 @@ impl fmt::Display for Key {
     }
 }
 
-/// Digests named inputs. Each is length-prefixed, so that no two lists of inputs run together to the same bytes.
+/// Digests named inputs. Each is length-prefixed, so that no two lists of inputs run together to the same
+/// bytes.
 #[derive(Debug, Default)]
 pub(crate) struct Inputs(Sha256);
 

@@ -1,4 +1,5 @@
-//! The one error type of this room. Each text says what is wrong and, where the reader can do something, what.
+//! The one error type of this room. Each text says what is wrong and, where the reader can do something,
+//! what.
 
 use std::path::{Path, PathBuf};
 

@@ -1,6 +1,7 @@
 //! What maintainer scripts would have done to an unpacked root, as far as programs need it: accounts, links,
-//! the linker's cache, certificate hashes, compiled Python. Runs a few programs of the staging tree on the host, as
-//! plain processes over plain files: they are the machine's own release, fetched and verified by its apt.
+//! the linker's cache, certificate hashes, compiled Python. Runs a few programs of the staging tree on the
+//! host, as plain processes over plain files: they are the machine's own release, fetched and verified by its
+//! apt.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -80,9 +81,9 @@ fn linker_cache(staging: &Staging) -> Result<(), Error> {
     fs::remove_dir_all(&notes).map_err(Error::io("remove", &notes))
 }
 
-/// Compiles the standard library with the image's own Python. Bytecode is marked as valid without a look
-/// at the source ("unchecked hash", PEP 552): all files get one time stamp, which Python's usual check would reject, and compile each
-/// module anew at every start.
+/// Compiles the standard library with the image's own Python. Bytecode is marked as valid without a look at
+/// the source ("unchecked hash", PEP 552): all files get one time stamp, which Python's usual check would
+/// reject, and compile each module anew at every start.
 fn compile_python(staging: &Staging) -> Result<(), Error> {
     let root = staging.root();
     for library in names(&root.join("usr/lib"))?.iter().filter_map(|name| name.to_str()) {

@@ -73,7 +73,8 @@ fn compiler_version(progress: &mut dyn Progress) -> Result<String, Error> {
     Ok(version)
 }
 
-/// Runs the script and returns the version of the source it used. On failure its log is kept as `failure_log`.
+/// Runs the script and returns the version of the source it used. On failure its log is kept as
+/// `failure_log`.
 fn build(place: &Workplace, progress: &mut dyn Progress, failure_log: &Path) -> Result<String, Error> {
     let (sources, out) = (place.scratch.join("kernels"), place.scratch.join("out"));
     write_out(&sources)?;

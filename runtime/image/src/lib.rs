@@ -1,6 +1,6 @@
 //! Guest artefacts: builds, caches and finds the kernel, the default root file system image and the disk that
-//! carries PID 1; refuses files that could not be booted. Writes only into its cache, and, as root on Debian, installs missing
-//! build tools. Knows nothing of virtual machines.
+//! carries PID 1; refuses files that could not be booted. Writes only into its cache, and, as root on Debian,
+//! installs missing build tools. Knows nothing of virtual machines.
 //!
 //! Child processes stay in the caller's process group, so a terminal's Ctrl-C ends a build with the caller;
 //! what it leaves is swept by the next one.

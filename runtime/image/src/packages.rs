@@ -26,7 +26,8 @@ pub fn ensure_tools(packages: &[&str], progress: &mut dyn Progress) -> Result<()
     }
     progress.message(&format!("installing build tools with apt-get: {}", missing.join(" ")));
     progress.begin("install build tools", None, "");
-    // Without package lists nothing can be found; with old ones a download may be gone: then fresh lists help.
+    // Without package lists nothing can be found; with old ones a download may be gone: then fresh lists
+    // help.
     let mut updated = None;
     if !has_package_lists(Path::new("/var/lib/apt/lists")) {
         updated = Some(apt_get(&["update"]));
@@ -37,7 +38,8 @@ pub fn ensure_tools(packages: &[&str], progress: &mut dyn Progress) -> Result<()
         installed = install(&missing);
     }
     if let Err(error) = installed {
-        // An update fails for any one unreachable source, so it counts only if the packages were not found either.
+        // An update fails for any one unreachable source, so it counts only if the packages were not found
+        // either.
         updated.unwrap_or(Ok(()))?;
         return Err(error);
     }

@@ -22,7 +22,8 @@ pub(crate) const PACKAGES: &[&str] = &[
     "mount",
     "procps",
     "util-linux",
-    // TLS from Python and others needs roots of trust; openssl hashes them at build time and holds the configuration.
+    // TLS from Python and others needs roots of trust; openssl hashes them at build time and holds the
+    // configuration.
     "ca-certificates",
     "openssl",
     // The C.UTF-8 locale, getent, ldconfig.
@@ -79,7 +80,8 @@ pub(crate) const EXCLUDED: &[&str] = &[
     "usr/bin/py3*",
     "var/backups",
     "var/lib/dpkg",
-    // Debian's crash-report hook for Python: a file to find, open and run at each start, for a program that is not here.
+    // Debian's crash-report hook for Python: a file to find, open and run at each start, for a program that
+    // is not here.
     "etc/python3*",
     "usr/lib/python3*/sitecustomize.py",
     // Python's self-tests.
@@ -142,8 +144,9 @@ pub(crate) const LINKS: &[(&str, &str)] = &[
     ("var/run", "/run"),
 ];
 
-/// Options of mkfs.erofs. Uncompressed, because a guest page fault is dear enough; one owner, one time and one
-/// identity, so that the same packages give the same bytes; no extended attributes, which the packages do not use.
+/// Options of mkfs.erofs. Uncompressed, because a guest page fault is dear enough; one owner, one time and
+/// one identity, so that the same packages give the same bytes; no extended attributes, which the packages do
+/// not use.
 pub(crate) const MKFS_OPTIONS: &[&str] =
     &["--quiet", "--all-root", "-x-1", "-T1735689600", "-U5e7e6c1e-0000-4000-8000-000000000001"];
 

@@ -99,7 +99,8 @@ struct Record {
 struct RecordedFile {
     name: String,
     bytes: u64,
-    /// Absent where the file has a digest of its own, made for its size: a memory image of gigabytes, mostly holes.
+    /// Absent where the file has a digest of its own, made for its size: a memory image of gigabytes, mostly
+    /// holes.
     sha256: Option<String>,
 }
 
@@ -235,8 +236,8 @@ impl Store {
         Ok(self.publish(&place.out, kind, key)?)
     }
 
-    /// The template of this key, made by `build` (into the directory it is given) if there is none, or if `check` refuses the
-    /// one there is.
+    /// The template of this key, made by `build` (into the directory it is given) if there is none, or if
+    /// `check` refuses the one there is.
     ///
     /// # Errors
     /// What `build` said, or what is wrong with the cache.
@@ -270,8 +271,8 @@ impl Store {
         Ok(Workplace { out, scratch, dir, alive, _lock: lock })
     }
 
-    /// Makes `out` the entry. The order is the promise: contents, then directory, then name, then the name's directory,
-    /// each on disk before the next, so that no crash leaves a name with missing contents.
+    /// Makes `out` the entry. The order is the promise: contents, then directory, then name, then the name's
+    /// directory, each on disk before the next, so that no crash leaves a name with missing contents.
     fn publish(&self, out: &Path, kind: Kind, key: &Key) -> Result<PathBuf, Error> {
         for name in names_in(out)? {
             sync(&out.join(name))?;

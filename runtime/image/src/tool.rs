@@ -14,7 +14,8 @@ use crate::error::Error;
 const KEPT_ERROR_LINES: usize = 40;
 const KEPT_LINE_BYTES: usize = 400;
 
-/// A running build tool. Its standard output is read by the caller, its standard error is kept for the error message.
+/// A running build tool. Its standard output is read by the caller, its standard error is kept for the error
+/// message.
 #[derive(Debug)]
 pub(crate) struct Tool {
     child: Child,
@@ -86,7 +87,8 @@ pub(crate) fn run(command: &mut Command, mut on_line: impl FnMut(&str)) -> Resul
     tool.finish()
 }
 
-/// Runs `command` to its end and returns its standard output with its status: for tools whose exit code is an answer.
+/// Runs `command` to its end and returns its standard output with its status: for tools whose exit code is an
+/// answer.
 pub(crate) fn ask(command: &mut Command) -> Result<(ExitStatus, String), Error> {
     let mut tool = Tool::start(command)?;
     let mut text = String::new();

@@ -120,7 +120,8 @@ impl Staging {
         }
     }
 
-    /// The host path of a guest path, whose parents are all real directories of the staging tree (made if absent).
+    /// The host path of a guest path, whose parents are all real directories of the staging tree (made if
+    /// absent).
     fn contained(&self, path: &str) -> Result<PathBuf, String> {
         let mut host = self.root.clone();
         let mut components = path.split('/').peekable();
@@ -142,7 +143,8 @@ impl Staging {
     }
 }
 
-/// The path in the guest, merged-/usr links already followed: `./bin/sh` is `usr/bin/sh`. `None` for the root.
+/// The path in the guest, merged-/usr links already followed: `./bin/sh` is `usr/bin/sh`. `None` for the
+/// root.
 fn guest_path(name: &str) -> Result<Option<String>, String> {
     let mut parts = Vec::new();
     for component in Path::new(name).components() {
@@ -162,7 +164,8 @@ fn guest_path(name: &str) -> Result<Option<String>, String> {
     }
 }
 
-/// Makes way for a file or link of the same name: later packages win, as with dpkg. Directories stay and make it fail.
+/// Makes way for a file or link of the same name: later packages win, as with dpkg. Directories stay and make
+/// it fail.
 fn replace(target: &Path) -> io::Result<()> {
     match fs::remove_file(target) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

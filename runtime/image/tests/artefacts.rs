@@ -1,4 +1,5 @@
-//! Builds the real things with the machine's own tools and package mirrors, once for all tests here, and looks inside.
+//! Builds the real things with the machine's own tools and package mirrors, once for all tests here, and
+//! looks inside.
 
 #![allow(clippy::unwrap_used)]
 

@@ -242,8 +242,8 @@ impl Agent {
         Ok((agent, boot))
     }
 
-    /// Takes over the restored end of a snapshot's connection: the conversation goes on where it stood. The commands that
-    /// ran then go on too, but nobody here knows them: their output is discarded.
+    /// Takes over the restored end of a snapshot's connection: the conversation goes on where it stood. The
+    /// commands that ran then go on too, but nobody here knows them: their output is discarded.
     ///
     /// # Errors
     /// If the socket refuses, or the saved bytes cannot be a frame.
@@ -260,8 +260,8 @@ impl Agent {
         Ok(Self { socket, writer, decoder, timeout: None, next_stream: saved.next_stream, streams })
     }
 
-    /// Where the conversation stands: for a snapshot, while the microVM is paused. Whole frames that nobody has looked at
-    /// are left out, as their streams are.
+    /// Where the conversation stands: for a snapshot, while the microVM is paused. Whole frames that nobody
+    /// has looked at are left out, as their streams are.
     ///
     /// # Errors
     /// What the guest sent that is no frame.

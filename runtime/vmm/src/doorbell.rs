@@ -1,16 +1,16 @@
-//! The bulk-memory doorbell: on software KVM a guest kernel asks the VMM to copy and fill its memory, because its
-//! own string instructions are emulated turn by turn (0.5 to 2 us for 8 bytes; the VMM moves 10 GB/s).
+//! The bulk-memory doorbell: on software KVM a guest kernel asks the VMM to copy and fill its memory, because
+//! its own string instructions are emulated turn by turn (0.5 to 2 us for 8 bytes; the VMM moves 10 GB/s).
 //!
-//! The guest executes `out dx, eax` with DX = [`PORT`], EAX = the operation, RDI and RSI linear addresses, RCX a
-//! length; on return RCX holds the bytes *not* done, and the guest's ordinary path does those. A hostile guest
-//! can ask for anything: what is touched is what its own page tables map, checked page by page as the
-//! processor would check a supervisor access, and never anything but its RAM; one call moves at most
+//! The guest executes `out dx, eax` with DX = [`PORT`], EAX = the operation, RDI and RSI linear addresses,
+//! RCX a length; on return RCX holds the bytes *not* done, and the guest's ordinary path does those. A
+//! hostile guest can ask for anything: what is touched is what its own page tables map, checked page by page
+//! as the processor would check a supervisor access, and never anything but its RAM; one call moves at most
 //! [`MAX_BYTES`], so that it takes well under a millisecond.
 //!
-//! Page tables may change under another vCPU meanwhile. That is no worse than on a processor: the guest frees a
-//! page after every CPU has acknowledged a TLB shootdown, and this vCPU acknowledges nothing before its `out` is
-//! complete. KVM marks a vCPU preempted, so that a paravirtual shootdown would pass over it, only at an
-//! instruction boundary, never inside an I/O exit.
+//! Page tables may change under another vCPU meanwhile. That is no worse than on a processor: the guest frees
+//! a page after every CPU has acknowledged a TLB shootdown, and this vCPU acknowledges nothing before its
+//! `out` is complete. KVM marks a vCPU preempted, so that a paravirtual shootdown would pass over it, only at
+//! an instruction boundary, never inside an I/O exit.
 //!
 //! Pure over guest memory and a vCPU's state; no KVM here.
 
@@ -24,8 +24,8 @@ pub const PORT: u16 = 0x6b0;
 /// Most bytes of one call: a few huge pages, under half a millisecond.
 pub const MAX_BYTES: u64 = 4 << 20;
 
-/// Most pieces of one call. A piece ends where a page does on either side, so that this is never reached; it is
-/// here so that no page tables, however they change meanwhile, can make a call longer.
+/// Most pieces of one call. A piece ends where a page does on either side, so that this is never reached; it
+/// is here so that no page tables, however they change meanwhile, can make a call longer.
 const MAX_PIECES: u64 = 2 * (MAX_BYTES / 4096 + 1);
 
 /// Copies RCX bytes from RSI to RDI, which must not overlap.

@@ -2,8 +2,8 @@
 //!
 //! May touch: mappings of this process. Must not: know devices, vCPUs or KVM.
 //!
-//! The ranges of RAM lie one after the other in a memory image, so a guest-physical address below the device hole is
-//! also an offset in it.
+//! The ranges of RAM lie one after the other in a memory image, so a guest-physical address below the device
+//! hole is also an offset in it.
 
 use crate::VmmError;
 use crate::arch::layout;

@@ -1,10 +1,11 @@
 //! A sampling profiler of the guest: where its first vCPU is at fixed intervals, symbolised with the kernel's
 //! `System.map` and written as folded stacks, the input of every flame graph tool.
 //!
-//! The guest kernel keeps neither frame pointers nor unwind tables, which would cost instructions on every run.
-//! So a stack is scanned for return addresses, and a word counts as one only if a call instruction stands before
-//! it that goes, directly or by one tail jump, to the function of the frame below, or is indirect. What is stale
-//! on a stack passes that seldom; a frame may be missing, and an indirect call's may be wrong.
+//! The guest kernel keeps neither frame pointers nor unwind tables, which would cost instructions on every
+//! run. So a stack is scanned for return addresses, and a word counts as one only if a call instruction
+//! stands before it that goes, directly or by one tail jump, to the function of the frame below, or is
+//! indirect. What is stale on a stack passes that seldom; a frame may be missing, and an indirect call's may
+//! be wrong.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -48,8 +49,8 @@ impl Samples {
         self.counts.values().sum()
     }
 
-    /// Folded stacks (`guest;kernel;outer;inner count`, one line each, most frequent first). `text` gives the bytes
-    /// of the kernel's text at a linear address, fewer or none where there are none.
+    /// Folded stacks (`guest;kernel;outer;inner count`, one line each, most frequent first). `text` gives the
+    /// bytes of the kernel's text at a linear address, fewer or none where there are none.
     #[must_use]
     pub fn folded(&self, symbols: &Symbols, text: &dyn Fn(u64, usize) -> Vec<u8>) -> String {
         let mut by_stack: BTreeMap<String, u64> = BTreeMap::new();
@@ -180,8 +181,8 @@ mod tests {
         Symbols::parse(&lines.join("\n"))
     }
 
-    /// `start` calls `middle` at 0x10; `middle` calls `leaf` at 0x20 and through a register at 0x30; `leaf` jumps to
-    /// `tail` at its end.
+    /// `start` calls `middle` at 0x10; `middle` calls `leaf` at 0x20 and through a register at 0x30; `leaf`
+    /// jumps to `tail` at its end.
     fn text(at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0x90; 0x400];
         let mut relative = |at: usize, opcode: u8, to: i32| {

@@ -26,7 +26,8 @@ use vm_memory::{Bytes as _, GuestAddress};
 const RESET_PORT: u16 = 0x64;
 const RESET_COMMAND: u8 = 0xfe;
 
-/// The CPUID leaves that KVM can virtualise: asked once, it takes a third of a millisecond. Software KVM takes and ignores them.
+/// The CPUID leaves that KVM can virtualise: asked once, it takes a third of a millisecond. Software KVM
+/// takes and ignores them.
 pub(crate) fn supported_cpuid(kvm: &Kvm) -> Result<&'static CpuId, VmmError> {
     static SUPPORTED: OnceLock<CpuId> = OnceLock::new();
     if let Some(cpuid) = SUPPORTED.get() {
@@ -44,8 +45,8 @@ pub(crate) fn create(vm: &VmFd, index: u8, cpuid: &CpuId, vcpus: u8) -> Result<V
     Ok(fd)
 }
 
-/// Gives a new vCPU its boot state, the first one the kernel's entry point. The order is MSRs, FPU, special registers,
-/// registers, LAPIC.
+/// Gives a new vCPU its boot state, the first one the kernel's entry point. The order is MSRs, FPU, special
+/// registers, registers, LAPIC.
 pub(crate) fn set_boot_state(fd: &VcpuFd, first: bool, entry: u64) -> Result<(), VmmError> {
     set_boot_msrs(fd)?;
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() };
@@ -182,11 +183,13 @@ impl Vcpu {
     fn pause(&mut self) {
         let Self { fd, xsave, msrs, shared, .. } = self;
         shared.park(self.index, || VcpuSnapshot::capture(fd, xsave, msrs));
-        // The guest's watchdogs must not take the pause for a hang. It fails only for guests without kvm-clock.
+        // The guest's watchdogs must not take the pause for a hang. It fails only for guests without
+        // kvm-clock.
         let _ = self.fd.kvmclock_ctrl();
     }
 
-    /// Completes the instruction that the last exit left half done: KVM finishes it on entry, and then returns at once.
+    /// Completes the instruction that the last exit left half done: KVM finishes it on entry, and then
+    /// returns at once.
     fn settle(&mut self) {
         self.fd.set_kvm_immediate_exit(1);
         for _ in 0..MOST_EXITS_TO_SETTLE {

@@ -1,6 +1,7 @@
 //! A vCPU's whole state, taken from KVM and given back to it.
 //!
-//! May touch: one vCPU's file descriptor, outside KVM_RUN, with no exit left half done (`Vcpu::settle`). Must not: threads, files.
+//! May touch: one vCPU's file descriptor, outside KVM_RUN, with no exit left half done (`Vcpu::settle`). Must
+//! not: threads, files.
 
 use crate::VmmError;
 use crate::sys::kvm::XsaveArea;
@@ -50,7 +51,8 @@ impl VcpuSnapshot {
         self.regs.rip
     }
 
-    /// Takes the state. MP_STATE first: getting it makes KVM accept a pending INIT or SIPI, which changes the rest.
+    /// Takes the state. MP_STATE first: getting it makes KVM accept a pending INIT or SIPI, which changes the
+    /// rest.
     pub(crate) fn capture(fd: &VcpuFd, area: &mut XsaveArea, msrs: &[u32]) -> Result<Self, VmmError> {
         let mp_state = fd.get_mp_state().map_err(VmmError::kvm("GET_MP_STATE"))?;
         area.read(fd).map_err(|source| VmmError::Os { what: "KVM_GET_XSAVE2", source })?;
@@ -73,7 +75,8 @@ impl VcpuSnapshot {
     /// 1. SREGS: the APIC's base and mode, CR4 and EFER, which the rest is checked against.
     /// 2. XCRS before XSAVE: XCR0 says which components the image may have.
     /// 3. LAPIC before MSRs: TSC_DEADLINE is dropped unless the timer is in that mode.
-    /// 4. MSRs: all of them, or it is an error; the timer's deadline last, moved by as much as the TSC is off.
+    /// 4. MSRs: all of them, or it is an error; the timer's deadline last, moved by as much as the TSC is
+    ///    off.
     /// 5. REGS before VCPU_EVENTS: setting registers clears a pending exception.
     /// 6. MP_STATE last but one: a halted vCPU with all else in place.
     pub(crate) fn restore(&self, fd: &VcpuFd, area: &mut XsaveArea) -> Result<(), VmmError> {
@@ -99,8 +102,8 @@ impl VcpuSnapshot {
 }
 
 impl VcpuSnapshot {
-    /// Software KVM cannot offset the TSC: it takes the write and goes on with the host's. A deadline in the past would be an
-    /// interrupt at once in every clone, one in the future a timer that never fires.
+    /// Software KVM cannot offset the TSC: it takes the write and goes on with the host's. A deadline in the
+    /// past would be an interrupt at once in every clone, one in the future a timer that never fires.
     fn restore_msrs(&self, fd: &VcpuFd) -> Result<(), VmmError> {
         let saved = |wanted| self.msrs.iter().find(|(index, _)| *index == wanted).map(|(_, data)| *data);
         let others: Vec<_> = self.msrs.iter().copied().filter(|(index, _)| *index != TSC_DEADLINE).collect();

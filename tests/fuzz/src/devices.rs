@@ -1,7 +1,7 @@
 //! The virtio devices behind their transport, with any registers, rings, chains and requests.
 //!
-//! Promises: no panic, nothing outside RAM touched (guard pages; the kernel says EFAULT for what it is handed), a
-//! turn of work always comes to an end, and after a reset nothing is in flight.
+//! Promises: no panic, nothing outside RAM touched (guard pages; the kernel says EFAULT for what it is
+//! handed), a turn of work always comes to an end, and after a reset nothing is in flight.
 
 use crate::guarded;
 use arbitrary::{Result, Unstructured};

@@ -1,8 +1,8 @@
 //! The bulk-memory doorbell with any registers over any page tables.
 //!
-//! Promises: nothing but the guest's RAM is touched (guard pages), of that nothing that the page tables do not let
-//! a supervisor write, and with the right bytes (an [`crate::oracle`] says which); only RCX changes; one call does
-//! at most its share; it stops early only where an access would fault.
+//! Promises: nothing but the guest's RAM is touched (guard pages), of that nothing that the page tables do
+//! not let a supervisor write, and with the right bytes (an [`crate::oracle`] says which); only RCX changes;
+//! one call does at most its share; it stops early only where an access would fault.
 
 use crate::cpu::{Cpu, processor};
 use crate::guarded;
@@ -224,8 +224,8 @@ impl Call {
         compare(&ram, mem);
     }
 
-    /// What was done, in pieces of one page on either side: target, source, length. `None` if its outcome depends
-    /// on the order of things: tables or its own source among what it wrote.
+    /// What was done, in pieces of one page on either side: target, source, length. `None` if its outcome
+    /// depends on the order of things: tables or its own source among what it wrote.
     fn pieces(&self, cpu: &Cpu, ram: &mut Ram) -> Option<Vec<(u64, Option<u64>, usize)>> {
         let mut pieces: Vec<(u64, Option<u64>, usize)> = Vec::new();
         let tangled = |ram: &Ram, pieces: &[(u64, Option<u64>, usize)]| {

@@ -1,5 +1,5 @@
-//! Guest memory between pages that nobody may touch: an access one byte outside a region is a SIGSEGV, and so are
-//! those up to [`GUARD_BYTES`] away.
+//! Guest memory between pages that nobody may touch: an access one byte outside a region is a SIGSEGV, and so
+//! are those up to [`GUARD_BYTES`] away.
 #![allow(unsafe_code)]
 
 use peregrine_vmm::memory::GuestMemory;

@@ -1,11 +1,13 @@
 //! Fuzz targets: whatever a hostile guest, or whoever made a kernel or an image, can hand to the VMM.
 //!
-//! A target is one function of bytes. It panics when a promise is broken; guest memory lies between pages that
-//! nobody may touch ([`guarded`]), so a stray access ends the process. The same functions serve three drivers:
+//! A target is one function of bytes. It panics when a promise is broken; guest memory lies between pages
+//! that nobody may touch ([`guarded`]), so a stray access ends the process. The same functions serve three
+//! drivers:
 //!
 //! - `cargo test -p fuzz`: a bounded number of executions of each, from fixed seeds;
 //! - `cargo run --release -p fuzz --bin fuzz -- TARGET COUNT [SEED]`: as many as wanted, on any toolchain;
-//! - `cargo fuzz run TARGET --fuzz-dir tests/fuzz --features libfuzzer -s none`: libFuzzer, guided by coverage.
+//! - `cargo fuzz run TARGET --fuzz-dir tests/fuzz --features libfuzzer -s none`: libFuzzer, guided by
+//!   coverage.
 
 pub mod assist;
 pub mod cpu;

@@ -1,5 +1,5 @@
-//! A second opinion on the doorbell: the processor's page walk written down once more, as plainly as possible, over
-//! a copy of guest memory. What the doorbell did must be what this allows.
+//! A second opinion on the doorbell: the processor's page walk written down once more, as plainly as
+//! possible, over a copy of guest memory. What the doorbell did must be what this allows.
 
 use crate::cpu::Cpu;
 use std::collections::BTreeSet;

@@ -1,5 +1,5 @@
-//! Templates and their clones, on real KVM. One template with one vCPU is made once and shared by all tests of this binary;
-//! `busy` freezes a guest with two that has work to do.
+//! Templates and their clones, on real KVM. One template with one vCPU is made once and shared by all tests
+//! of this binary; `busy` freezes a guest with two that has work to do.
 #![allow(clippy::unwrap_used)]
 
 mod busy;
@@ -93,8 +93,8 @@ fn vector_registers_survive_context_switches_in_a_clone() {
     assert_eq!(numbers[1], 0, "registers changed across a context switch");
 }
 
-/// By how much the guest's wall clock is outside the host's, at least: it is asked many times, and its answer lies between
-/// question and reply if the clocks agree.
+/// By how much the guest's wall clock is outside the host's, at least: it is asked many times, and its answer
+/// lies between question and reply if the clocks agree.
 fn clock_off(clone: &mut Clone) -> Duration {
     let script = "while read -r _; do echo $EPOCHREALTIME; done";
     let mut command = Command::new(&["bash", "-c", script]);

@@ -1,4 +1,5 @@
-//! Templates that are damaged, foreign or old: each is refused with the reason, before a VM exists, and is made again.
+//! Templates that are damaged, foreign or old: each is refused with the reason, before a VM exists, and is
+//! made again.
 
 use super::{fresh_dir, left, shared, turn};
 use peregrine::template;

@@ -1,5 +1,5 @@
-//! The headers of a guest kernel, as far as needed to refuse what cannot be loaded.
-//! Pure over anything that can be read at an offset: a byte slice in tests, a file in use. Layout: ELF-64, gABI ch. 4 and 5.
+//! The headers of a guest kernel, as far as needed to refuse what cannot be loaded. Pure over anything that
+//! can be read at an offset: a byte slice in tests, a file in use. Layout: ELF-64, gABI ch. 4 and 5.
 
 use object::elf::{self, FileHeader64};
 use object::read::elf::{FileHeader as _, ProgramHeader as _};
@@ -55,7 +55,8 @@ pub enum KernelFault {
     Corrupt(&'static str),
 }
 
-/// Checks the ELF header, that all segments and the section table lie in the file, and that the entry point is loaded.
+/// Checks the ELF header, that all segments and the section table lie in the file, and that the entry point
+/// is loaded.
 pub fn parse_kernel<'data, R: ReadRef<'data>>(data: R) -> Result<KernelInfo, KernelFault> {
     let bytes = data.len().map_err(|()| KernelFault::NotElf)?;
     let magic = data.read_bytes_at(0, 4).unwrap_or_default();
@@ -157,7 +158,8 @@ mod tests {
 
     use super::*;
 
-    /// A kernel in small: one loaded segment of 0x40 bytes at file offset 0x80, then a section table of one entry.
+    /// A kernel in small: one loaded segment of 0x40 bytes at file offset 0x80, then a section table of one
+    /// entry.
     fn sound_kernel() -> Vec<u8> {
         let mut file = vec![0; 0x80 + 0x40 + 64];
         let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);

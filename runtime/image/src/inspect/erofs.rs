@@ -1,5 +1,5 @@
-//! The superblock of an EROFS image, as far as needed to refuse what the guest could not mount.
-//! Pure: takes the first bytes and the file's length. Layout: Linux, fs/erofs/erofs_fs.h, `struct erofs_super_block`.
+//! The superblock of an EROFS image, as far as needed to refuse what the guest could not mount. Pure: takes
+//! the first bytes and the file's length. Layout: Linux, fs/erofs/erofs_fs.h, `struct erofs_super_block`.
 
 use super::Refusal;
 

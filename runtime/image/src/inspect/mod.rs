@@ -13,7 +13,8 @@ pub use erofs::{IMAGE_HEAD_BYTES, ImageFault, ImageInfo, parse_image};
 
 use crate::error::Error;
 
-/// Checks a root file system image: a regular file, an EROFS superblock with a right checksum, and as long as that says.
+/// Checks a root file system image: a regular file, an EROFS superblock with a right checksum, and as long as
+/// that says.
 pub fn inspect_image(path: &Path) -> Result<ImageInfo, Error> {
     let bad = |fault| Error::BadImage { path: path.to_owned(), fault };
     let (mut file, length_bytes) = match open_regular(path) {

@@ -25,15 +25,16 @@ const PROFILE_INTERVAL: Duration = Duration::from_millis(1);
 
 /// Run a command in a microVM of its own
 ///
-/// The first run builds the guest kernel and the default image (bash, coreutils, python3), boots the guest once and
-/// freezes it as a template, and says so. Later runs with the same kernel, image, vCPUs and memory restore that. Standard
-/// input is forwarded; with a terminal on both ends the command gets a pseudo-terminal.
+/// The first run builds the guest kernel and the default image (bash, coreutils, python3), boots the guest
+/// once and freezes it as a template, and says so. Later runs with the same kernel, image, vCPUs and memory
+/// restore that. Standard input is forwarded; with a terminal on both ends the command gets a
+/// pseudo-terminal.
 ///
 /// Exit code: the command's own; 128+n if signal n killed it; 126 if it cannot be executed, 127 if it is not
 /// found; 125 if Peregrine or the guest failed.
 ///
-/// Ctrl-C is sent to the command; a second one ends the microVM. On a pseudo-terminal Ctrl-C is a key like any
-/// other, and Ctrl-] twice ends the microVM.
+/// Ctrl-C is sent to the command; a second one ends the microVM. On a pseudo-terminal Ctrl-C is a key like
+/// any other, and Ctrl-] twice ends the microVM.
 #[derive(Debug, Args)]
 pub(crate) struct RunArgs {
     #[command(flatten)]
@@ -62,8 +63,8 @@ pub(crate) struct RunArgs {
     /// Boot the guest instead of restoring its template; implied by --console
     #[arg(long)]
     boot: bool,
-    /// Sample the guest kernel while it runs (with --boot, from its first instruction on); write a flame graph if FILE ends in
-    /// .svg, else folded stacks
+    /// Sample the guest kernel while it runs (with --boot, from its first instruction on); write a flame
+    /// graph if FILE ends in .svg, else folded stacks
     ///
     /// Stacks are found by scanning: a frame may be missing, and seldom one is wrong.
     #[arg(long, value_name = "FILE")]

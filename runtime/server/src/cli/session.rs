@@ -1,7 +1,7 @@
 //! One command in one microVM, wired to this process's standard streams.
 //!
-//! Threads: this one reads the guest and writes stdout and stderr; one reads stdin; one waits for signals. The
-//! last two end with the process: both block in calls that only the user can end.
+//! Threads: this one reads the guest and writes stdout and stderr; one reads stdin; one waits for signals.
+//! The last two end with the process: both block in calls that only the user can end.
 
 use super::stdio::{self, RawMode};
 use super::timing::{Timing, micros};

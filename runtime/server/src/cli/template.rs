@@ -1,4 +1,5 @@
-//! `peregrine template`: the frozen guests that `run` restores. They are made by themselves; this makes, shows and removes them.
+//! `peregrine template`: the frozen guests that `run` restores. They are made by themselves; this makes,
+//! shows and removes them.
 
 use super::guest::GuestArgs;
 use super::{CliError, progress};
@@ -38,7 +39,8 @@ struct RmArgs {
     /// All of them
     #[arg(long)]
     all: bool,
-    /// Those that nothing can use any more: kernel, agent, image, CPU or program changed, or the files are damaged
+    /// Those that nothing can use any more: kernel, agent, image, CPU or program changed, or the files are
+    /// damaged
     #[arg(long)]
     stale: bool,
 }

@@ -11,7 +11,8 @@ use std::time::SystemTime;
 
 const INPUTS_FILE: &str = "inputs.json";
 
-/// What a template was made from, as far as its user named it: enough to work its key out again. Lies beside the state.
+/// What a template was made from, as far as its user named it: enough to work its key out again. Lies beside
+/// the state.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Inputs {
     vcpus: u32,
@@ -111,8 +112,8 @@ pub fn list(store: &Store) -> Result<Vec<Listed>, TemplateError> {
         .collect()
 }
 
-/// Why nothing can use it, if so. The key names the files by their places on the disk and their times: if it comes out
-/// otherwise now, one of them, the CPU or this program has changed.
+/// Why nothing can use it, if so. The key names the files by their places on the disk and their times: if it
+/// comes out otherwise now, one of them, the CPU or this program has changed.
 fn stale(dir: &Path, found: &Key, agent: Option<&Path>) -> Option<String> {
     if let Err(error) = Stored::open(dir) {
         return Some(error.to_string());

@@ -4,7 +4,8 @@
 //! boot -> adopt -> warm-up commands -> idle -> freeze: <cache>/template/<key>/{memory, state, inputs.json}
 //! ```
 //!
-//! The key covers every input that matters; a template that this host or this build cannot use is made again, never loaded.
+//! The key covers every input that matters; a template that this host or this build cannot use is made again,
+//! never loaded.
 
 mod catalogue;
 
@@ -23,8 +24,8 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Run once before the freeze, so that what they need lies in the guest's memory: the loader, the C library, the shell,
-/// and the interpreters that the image has. One that the image lacks costs nothing later.
+/// Run once before the freeze, so that what they need lies in the guest's memory: the loader, the C library,
+/// the shell, and the interpreters that the image has. One that the image lacks costs nothing later.
 const WARM_UP: &[&[&str]] = &[&["/bin/sh", "-c", ":"], &["python3", "-c", "pass"], &["node", "-e", "0"]];
 /// A warm-up command that takes longer is given up, and the template with it.
 const WARM_UP_TIMEOUT: Duration = Duration::from_secs(120);
@@ -74,7 +75,8 @@ pub enum TemplateError {
     },
 }
 
-/// Names the template of a configuration: kernel, agent, image, vCPUs, memory, parameters, CPU, and how it is made.
+/// Names the template of a configuration: kernel, agent, image, vCPUs, memory, parameters, CPU, and how it is
+/// made.
 ///
 /// # Errors
 /// If a file cannot be looked at.
@@ -104,7 +106,8 @@ pub fn key(config: &VmConfig) -> Result<Key, TemplateError> {
     Ok(Key::of("template", inputs))
 }
 
-/// The template of this configuration, checked and open: from the cache, or else made now, which takes as long as a boot.
+/// The template of this configuration, checked and open: from the cache, or else made now, which takes as
+/// long as a boot.
 ///
 /// # Errors
 /// Why not.
@@ -152,7 +155,8 @@ fn warm_up(agent: &mut Agent, argv: &[&str]) -> Result<(), AgentError> {
     agent.output(&Command::new(argv), b"").map(drop)
 }
 
-/// Waits until the guest's kernel has no more to do: what it still does after the freeze, every clone does again.
+/// Waits until the guest's kernel has no more to do: what it still does after the freeze, every clone does
+/// again.
 fn rest(vm: &MicroVm) {
     let begun = Instant::now();
     let mut before = vm.emulated_instructions().unwrap_or(0);

@@ -11,7 +11,8 @@ const ALWAYS: &[&str] = &[
     "root=/dev/vda rootfstype=erofs ro init=/init",
     // No serial driver: the early console's port writes land in the VMM's ring, panics included.
     "earlyprintk=serial,0x3f8,115200,keep",
-    // A dead guest must say so at once: panic -> reset through the keyboard controller port, which the VMM sees.
+    // A dead guest must say so at once: panic -> reset through the keyboard controller port, which the VMM
+    // sees.
     "panic=-1 reboot=k",
     // The VMM gives TSC and clock; probing and cross-checking them is work for nothing.
     "tsc=reliable",
@@ -27,13 +28,14 @@ const ALWAYS: &[&str] = &[
 
 /// Parameters for hosts whose KVM emulates guest ring 0.
 const SOFTWARE_KVM: &[&str] = &[
-    // `syscall` arrives there as a fault in ring 3 at the entry point; our first kernel patch routes it, a later
-    // one by half of the instructions.
+    // `syscall` arrives there as a fault in ring 3 at the entry point; our first kernel patch routes it, a
+    // later one by half of the instructions.
     "syscall_by_fault=short",
-    // The TSC is the host's own there and cannot be offset: a restored guest's clock would make up for all the time since its
-    // template was frozen, second by second. kvm-clock goes on where it stood.
+    // The TSC is the host's own there and cannot be offset: a restored guest's clock would make up for all
+    // the time since its template was frozen, second by second. kvm-clock goes on where it stood.
     "clocksource=kvm-clock",
-    // KVM wakes all waiters for a host page on each restore; templates are in the page cache, so nobody waits.
+    // KVM wakes all waiters for a host page on each restore; templates are in the page cache, so nobody
+    // waits.
     "no-kvmapf",
     // A tick is 1.6 ms there: one each 50 ms while a CPU is busy.
     "tick_stretch=5",
@@ -48,16 +50,16 @@ const SOFTWARE_KVM: &[&str] = &[
     "pipe_runs=16",
     // Load averages of the scheduler: each 32 ms, not at each event.
     "pelt_step=32000",
-    // Write-protecting the kernel's own text splits mappings, a million instructions at boot. The sandbox's wall
-    // is the VM, not the guest kernel.
+    // Write-protecting the kernel's own text splits mappings, a million instructions at boot. The sandbox's
+    // wall is the VM, not the guest kernel.
     "rodata=off",
 ];
 
 /// CPU features a guest kernel must not use where ring 0 is emulated (CPUID is not virtualised there, so the
 /// command line says it), by number as in Linux 6.12's cpufeatures.h: a name is compared with 700 others.
-/// Instructions the emulator lacks or that only the assist could do, string extensions that make `rep movsb` the
-/// copy of choice (one emulated turn a *byte*), and the XSAVE forms beyond the plain one. Not `fsgsbase`: without
-/// it processes lose their FS base.
+/// Instructions the emulator lacks or that only the assist could do, string extensions that make `rep movsb`
+/// the copy of choice (one emulated turn a *byte*), and the XSAVE forms beyond the plain one. Not `fsgsbase`:
+/// without it processes lose their FS base.
 const WITHOUT: &[(&str, u16)] = &[
     ("popcnt", 4 * 32 + 23),
     ("movbe", 4 * 32 + 22),
@@ -102,7 +104,8 @@ pub fn build(kind: KvmKind, verbose: bool, devices: &str, extra: &str) -> Result
     Ok(line)
 }
 
-/// All parameters that are the same for every guest of this build on this host: part of what a template is made from.
+/// All parameters that are the same for every guest of this build on this host: part of what a template is
+/// made from.
 #[must_use]
 pub fn fixed() -> String {
     // Only devices and the caller's own make a line too long.

@@ -28,7 +28,8 @@ pub const HIGH_MEMORY: u64 = 0x10_0000;
 pub const DEVICE_HOLE: u64 = 0xd000_0000;
 /// Where RAM goes on above the device hole.
 pub const ABOVE_4G: u64 = 0x1_0000_0000;
-/// RAM that the guest kernel is told to leave alone: what a frozen guest finds when it goes on (see guest-init).
+/// RAM that the guest kernel is told to leave alone: what a frozen guest finds when it goes on (see
+/// guest-init).
 pub const MAILBOX: u64 = guest_init::GATE_MAILBOX;
 /// End of [`MAILBOX`].
 pub const MAILBOX_END: u64 = MAILBOX + guest_init::GATE_MAILBOX_BYTES as u64;

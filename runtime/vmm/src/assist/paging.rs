@@ -106,8 +106,8 @@ impl<'a> Paging<'a> {
         canonical(linear) && last.is_some_and(canonical)
     }
 
-    /// Where `linear` lies in guest-physical memory, and how many bytes from there one leaf entry maps; `None`
-    /// where an access would fault.
+    /// Where `linear` lies in guest-physical memory, and how many bytes from there one leaf entry maps;
+    /// `None` where an access would fault.
     pub(crate) fn reach(&self, linear: u64, access: Access) -> Option<(u64, u64)> {
         if !self.is_canonical(linear, 1) {
             return None;

@@ -149,8 +149,9 @@ impl Line {
         self.status.fetch_and(!bits, Ordering::SeqCst);
     }
 
-    /// Pulses the line if the driver has not acknowledged: after a restore. The pulse before may have come between the
-    /// capture of the vCPU and that of the device; one too many only makes the driver look once for nothing.
+    /// Pulses the line if the driver has not acknowledged: after a restore. The pulse before may have come
+    /// between the capture of the vCPU and that of the device; one too many only makes the driver look once
+    /// for nothing.
     pub(crate) fn renew(&self) {
         if self.status() != 0 {
             self.sink.raise(self.gsi);

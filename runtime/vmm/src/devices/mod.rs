@@ -1,9 +1,9 @@
 //! The microVM's devices: virtio-mmio transports with block, vsock and entropy behind them.
 //!
-//! Device logic is synchronous and owns no thread: it is called with the guest's queues and
-//! answers with used buffers and with [`Op`](crate::event_loop::ring::Op)s for the event loop. So tests and fuzz targets
-//! drive it directly. It may touch guest memory through `vm-memory` and the bounds-checked
-//! buffers of the ring; it must not touch KVM: interrupts leave through [`Interrupt`].
+//! Device logic is synchronous and owns no thread: it is called with the guest's queues and answers with used
+//! buffers and with [`Op`](crate::event_loop::ring::Op)s for the event loop. So tests and fuzz targets drive
+//! it directly. It may touch guest memory through `vm-memory` and the bounds-checked buffers of the ring; it
+//! must not touch KVM: interrupts leave through [`Interrupt`].
 //!
 //! Guest kernel instructions are the currency (on software KVM each costs half a microsecond, an
 //! interrupt a millisecond), so every device is shaped to need few of them: small queues,

@@ -95,8 +95,8 @@ fn an_unknown_operation_and_a_wild_address_do_nothing() {
 proptest! {
     #![proptest_config(cases(3000))]
 
-    /// Whatever the registers hold, the answer comes, RCX never grows, and bytes that the page tables do not map
-    /// stay as they were.
+    /// Whatever the registers hold, the answer comes, RCX never grows, and bytes that the page tables do not
+    /// map stay as they were.
     #[test]
     fn no_registers_reach_past_the_page_tables(
         operation in 0_u32..4,

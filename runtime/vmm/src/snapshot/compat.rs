@@ -7,8 +7,8 @@ use sha2::{Digest as _, Sha256};
 
 /// Version of the state file's contents; another one is refused, never guessed at.
 pub const VERSION: u32 = 1;
-/// How far a TSC's frequency may be off, in parts per million: KVM's own default (`tsc_tolerance_ppm`). A host's
-/// calibration differs by a few from boot to boot.
+/// How far a TSC's frequency may be off, in parts per million: KVM's own default (`tsc_tolerance_ppm`). A
+/// host's calibration differs by a few from boot to boot.
 const TSC_TOLERANCE_PPM: u64 = 250;
 
 /// What must agree between where a snapshot was made and where it is restored.
@@ -56,7 +56,8 @@ impl Compat {
         }
     }
 
-    /// Refuses what `host` cannot run. The TSC's frequency is compared when a vCPU exists ([`Compat::check_tsc`]).
+    /// Refuses what `host` cannot run. The TSC's frequency is compared when a vCPU exists
+    /// ([`Compat::check_tsc`]).
     ///
     /// # Errors
     /// [`SnapshotError::Incompatible`] naming the first difference.
@@ -92,8 +93,8 @@ impl Compat {
     }
 }
 
-/// Digest and name of the CPU: vendor, family, model, stepping and the feature leaves that user space in the guest
-/// can see (SDM vol. 2A, CPUID).
+/// Digest and name of the CPU: vendor, family, model, stepping and the feature leaves that user space in the
+/// guest can see (SDM vol. 2A, CPUID).
 fn cpu() -> (String, String) {
     use std::arch::x86_64::__cpuid_count;
     let mut hash = Sha256::new();

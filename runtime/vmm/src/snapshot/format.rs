@@ -9,8 +9,8 @@
 //!     48      -  the record, then the state; nothing follows
 //! ```
 //!
-//! Pure: it may touch only the bytes it is handed. The checksum is compared before anything is decoded, and what a field
-//! means is fixed by [`super::compat::VERSION`] in the record.
+//! Pure: it may touch only the bytes it is handed. The checksum is compared before anything is decoded, and
+//! what a field means is fixed by [`super::compat::VERSION`] in the record.
 
 use super::{Compat, MachineState, Snapshot};
 use sha2::{Digest as _, Sha256};

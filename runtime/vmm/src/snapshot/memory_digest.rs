@@ -1,5 +1,5 @@
-//! The digest of a memory image: over its pages that are not zero, so that holes and zeroes are the same, with their
-//! numbers, so that moved pages are not.
+//! The digest of a memory image: over its pages that are not zero, so that holes and zeroes are the same,
+//! with their numbers, so that moved pages are not.
 
 use serde::{Deserialize, Serialize};
 use std::fmt;
@@ -11,8 +11,8 @@ use xxhash_rust::xxh3::Xxh3;
 const PAGE_BYTES: usize = 4096;
 const CHUNK_BYTES: usize = 256 * PAGE_BYTES;
 
-/// XXH3-64 over (page number, page) of every page that is not zero. It finds damage, not forgery: whoever may write
-/// the file may write the record beside it.
+/// XXH3-64 over (page number, page) of every page that is not zero. It finds damage, not forgery: whoever may
+/// write the file may write the record beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryDigest {
     /// The hash.

@@ -6,8 +6,9 @@
 //! <directory>/state    fixed header, compatibility record (JSON), state (postcard); see [`format`]
 //! ```
 //!
-//! A template is a snapshot with a name; restoring one maps `memory` privately, so that all its clones share its pages until
-//! they write. What does not fit this host is refused by [`Compat::check`] before a VM exists.
+//! A template is a snapshot with a name; restoring one maps `memory` privately, so that all its clones share
+//! its pages until they write. What does not fit this host is refused by [`Compat::check`] before a VM
+//! exists.
 //!
 //! May touch: the two files. Must not: KVM (`vcpu_state` and `vm` do), threads.
 
@@ -129,7 +130,8 @@ impl Stored {
         let bytes = std::fs::read(&path).map_err(SnapshotError::io(&path))?;
         let corrupt = |reason: String| SnapshotError::Corrupt { path: path.clone(), reason };
         let parts = format::parse(&bytes).map_err(|e| corrupt(e.to_string()))?;
-        // First the record alone: a snapshot of another version is refused for that, not for what it looks like.
+        // First the record alone: a snapshot of another version is refused for that, not for what it looks
+        // like.
         let compat = parts.compat().map_err(|e| corrupt(e.to_string()))?;
         compat.check(&Compat::host())?;
         let machine = parts.machine().map_err(|e| corrupt(e.to_string()))?;
@@ -146,7 +148,8 @@ impl Stored {
         Ok(Self { snapshot: Snapshot { compat, machine }, memory, dir: dir.to_owned() })
     }
 
-    /// Reads the whole memory image and compares it with its digest: once per process is enough, 10 GB/s from the page cache.
+    /// Reads the whole memory image and compares it with its digest: once per process is enough, 10 GB/s from
+    /// the page cache.
     ///
     /// # Errors
     /// [`SnapshotError::Corrupt`] naming the file.
@@ -162,8 +165,9 @@ impl Stored {
 }
 
 impl Snapshot {
-    /// Makes `dir` a snapshot on disk, durable when this returns: written beside it under a temporary name, fsync'ed, renamed,
-    /// and the rename fsync'ed too. `mem` must be a private mapping of `base`, and stand still.
+    /// Makes `dir` a snapshot on disk, durable when this returns: written beside it under a temporary name,
+    /// fsync'ed, renamed, and the rename fsync'ed too. `mem` must be a private mapping of `base`, and stand
+    /// still.
     ///
     /// # Errors
     /// [`SnapshotError::Io`]; nothing is left of it then.
@@ -195,8 +199,8 @@ impl Snapshot {
         sync(dir)
     }
 
-    /// Writes the state file into `dir`; the memory image is there already. Nothing is fsync'ed here: whoever publishes
-    /// the directory does that.
+    /// Writes the state file into `dir`; the memory image is there already. Nothing is fsync'ed here: whoever
+    /// publishes the directory does that.
     ///
     /// # Errors
     /// [`SnapshotError::Io`].

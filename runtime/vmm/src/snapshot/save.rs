@@ -1,9 +1,10 @@
 //! Saving a guest's memory: the image it was restored from, and over it the pages that are its own since.
 //!
-//! The result is a snapshot like any other, which needs no other file: the unchanged part is copied inside the kernel (and shared
-//! where the file system can), the changed part is found in /proc/self/pagemap.
+//! The result is a snapshot like any other, which needs no other file: the unchanged part is copied inside
+//! the kernel (and shared where the file system can), the changed part is found in /proc/self/pagemap.
 //!
-//! May touch: this process's guest memory, read-only, and the files it is handed. Must not: KVM. The guest must stand still.
+//! May touch: this process's guest memory, read-only, and the files it is handed. Must not: KVM. The guest
+//! must stand still.
 
 use crate::memory::GuestMemory;
 use std::fs::File;
@@ -19,7 +20,8 @@ const OF_FILE: u64 = 1 << 61;
 /// Most bytes written at once.
 const CHUNK_BYTES: u64 = 1 << 20;
 
-/// Writes the image of `mem`, a private mapping of `base`, into the empty file `to`. Returns how many pages were the guest's own.
+/// Writes the image of `mem`, a private mapping of `base`, into the empty file `to`. Returns how many pages
+/// were the guest's own.
 ///
 /// # Errors
 /// What a file gave; `to` is then of no use.

@@ -1,5 +1,6 @@
 //! Kicks: making a vCPU thread leave KVM_RUN. The signal stays blocked outside KVM_RUN and is open inside it
-//! (KVM_SET_SIGNAL_MASK), so a kick sent at any moment ends the current or the next KVM_RUN: no race, no poll.
+//! (KVM_SET_SIGNAL_MASK), so a kick sent at any moment ends the current or the next KVM_RUN: no race, no
+//! poll.
 
 use super::kvm;
 use std::io;

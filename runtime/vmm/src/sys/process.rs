@@ -10,11 +10,13 @@ pub(crate) enum Forked {
     Child,
 }
 
-/// fork(2). The child has the calling thread and no other, and memory as it was at this moment. So it must not wait for a
-/// thread of its parent, nor take a lock that one may hold, nor drop what other threads used: it leaks it.
+/// fork(2). The child has the calling thread and no other, and memory as it was at this moment. So it must
+/// not wait for a thread of its parent, nor take a lock that one may hold, nor drop what other threads used:
+/// it leaks it.
 pub(crate) fn fork() -> io::Result<Forked> {
-    // SAFETY: the C library makes its own locks (the allocator's) good again in the child. Other locks that were held stay
-    // held there, which can make it wait for ever but not touch what is not valid: the memory is a whole copy.
+    // SAFETY: the C library makes its own locks (the allocator's) good again in the child. Other locks that
+    // were held stay held there, which can make it wait for ever but not touch what is not valid: the memory
+    // is a whole copy.
     match unsafe { libc::fork() } {
         -1 => Err(io::Error::last_os_error()),
         0 => Ok(Forked::Child),
@@ -22,7 +24,8 @@ pub(crate) fn fork() -> io::Result<Forked> {
     }
 }
 
-/// In a forked child: closes every descriptor but standard error and those given. The others' owners were leaked.
+/// In a forked child: closes every descriptor but standard error and those given. The others' owners were
+/// leaked.
 pub(crate) fn close_all_but(keep: &[RawFd]) {
     let mut keep: Vec<u32> = keep.iter().filter_map(|fd| u32::try_from(*fd).ok()).chain([2]).collect();
     keep.sort_unstable();
@@ -31,8 +34,9 @@ pub(crate) fn close_all_but(keep: &[RawFd]) {
     for fd in keep.into_iter().chain([u32::MAX]) {
         if fd > next {
             let last = if fd == u32::MAX { u32::MAX } else { fd - 1 };
-            // SAFETY: it takes no pointers. The threads that used these descriptors do not exist in this process, and the
-            // objects that owned them are never used or dropped in it (the caller's part). It fails only for bad ranges.
+            // SAFETY: it takes no pointers. The threads that used these descriptors do not exist in this
+            // process, and the objects that owned them are never used or dropped in it (the caller's part).
+            // It fails only for bad ranges.
             unsafe { libc::syscall(libc::SYS_close_range, next, last, 0) };
         }
         next = fd.saturating_add(1);

@@ -15,8 +15,8 @@ use std::path::Path;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-/// A microVM that stands still: its vCPUs are parked and its event loop holds no operation. It goes on when this is
-/// dropped.
+/// A microVM that stands still: its vCPUs are parked and its event loop holds no operation. It goes on when
+/// this is dropped.
 pub struct Paused<'a> {
     microvm: &'a MicroVm,
     vcpus: Vec<VcpuSnapshot>,
@@ -47,8 +47,8 @@ impl MicroVm {
         Ok(Paused { microvm: self, vcpus, devices: Some(devices), _gate: gate })
     }
 
-    /// Brings the guest to its freeze point, where it stands still: clones of it take their first request without an interrupt.
-    /// `false`, and the guest goes on, if it has no gate.
+    /// Brings the guest to its freeze point, where it stands still: clones of it take their first request
+    /// without an interrupt. `false`, and the guest goes on, if it has no gate.
     ///
     /// # Errors
     /// If the guest cannot be asked.
@@ -60,8 +60,8 @@ impl MicroVm {
         Ok(frozen)
     }
 
-    /// Ends the microVM and makes what it was a snapshot in `dir`, where `memory` is the image that it was booted into
-    /// ([`MicroVm::boot_into`]): nothing is copied.
+    /// Ends the microVM and makes what it was a snapshot in `dir`, where `memory` is the image that it was
+    /// booted into ([`MicroVm::boot_into`]): nothing is copied.
     ///
     /// # Errors
     /// What could not be captured or written. The microVM is gone either way.
@@ -88,7 +88,8 @@ impl Paused<'_> {
         self.microvm.mem.clone()
     }
 
-    /// Everything but memory and disks. The interrupt controllers come last: settling the devices may have raised interrupts.
+    /// Everything but memory and disks. The interrupt controllers come last: settling the devices may have
+    /// raised interrupts.
     ///
     /// # Errors
     /// What KVM or the agent's connection refused.

@@ -1,8 +1,8 @@
-//! A microVM: assembled from a checked configuration, then booted or restored, run by its vCPU threads and event loop, gone
-//! when dropped.
+//! A microVM: assembled from a checked configuration, then booted or restored, run by its vCPU threads and
+//! event loop, gone when dropped.
 //!
-//! `VmConfig::check` refuses bad input before anything is spent; [`MicroVm`] is assembled in the one order that
-//! works (the reasons stand at the steps); dropping it ends every thread and closes every descriptor.
+//! `VmConfig::check` refuses bad input before anything is spent; [`MicroVm`] is assembled in the one order
+//! that works (the reasons stand at the steps); dropping it ends every thread and closes every descriptor.
 
 mod capture;
 mod config;
@@ -89,8 +89,8 @@ struct Machine {
 impl Machine {
     fn build(kvm: &Kvm, mem: GuestMemory, vcpus: u8, start: Instant) -> Result<Self, VmmError> {
         let vm = Arc::new(create_vm(kvm)?);
-        // Memslots first, registrations on KVM's I/O bus (the irqchip) after: the other way round each memslot
-        // waits for a grace period, 7.5 ms where it was measured.
+        // Memslots first, registrations on KVM's I/O bus (the irqchip) after: the other way round each
+        // memslot waits for a grace period, 7.5 ms where it was measured.
         raw::register_memslots(&vm, &mem)?;
         // Intel VT-x wants its real-mode pages placed before any vCPU; elsewhere the call does nothing.
         vm.set_tss_address(layout::KVM_TSS).map_err(VmmError::kvm("SET_TSS_ADDR"))?;
@@ -122,7 +122,8 @@ impl MicroVm {
         Self::boot_in(checked, mem)
     }
 
-    /// As [`MicroVm::boot`], with `image` as its memory: what the guest writes is in that file, ready to be a template's.
+    /// As [`MicroVm::boot`], with `image` as its memory: what the guest writes is in that file, ready to be a
+    /// template's.
     ///
     /// # Errors
     /// As [`MicroVm::boot`].
@@ -154,7 +155,8 @@ impl MicroVm {
         Ok(microvm)
     }
 
-    /// Restores a snapshot as a new microVM with these disks. It is complete, and stands still until [`MicroVm::run`].
+    /// Restores a snapshot as a new microVM with these disks. It is complete, and stands still until
+    /// [`MicroVm::run`].
     ///
     /// # Errors
     /// What does not fit this host or could not be built; nothing is left behind then.
@@ -309,11 +311,12 @@ impl MicroVm {
         Ok((agent, boot))
     }
 
-    /// Takes up a restored microVM's conversation with its agent, and tells the guest who it is now. The frame is in the
-    /// guest's queue before the guest runs; nothing else is served before it is acknowledged.
+    /// Takes up a restored microVM's conversation with its agent, and tells the guest who it is now. The
+    /// frame is in the guest's queue before the guest runs; nothing else is served before it is acknowledged.
     ///
     /// # Errors
-    /// [`AgentError::Closed`] if the snapshot had no conversation or the guest stopped first, [`AgentError::Timeout`] after `timeout`.
+    /// [`AgentError::Closed`] if the snapshot had no conversation or the guest stopped first,
+    /// [`AgentError::Timeout`] after `timeout`.
     pub fn adopt(&self, identity: &Identity, timeout: Duration) -> Result<Agent, AgentError> {
         let saved = lock(&self.conversation).take().ok_or(AgentError::Closed)?;
         let socket = self.event_loop.restored_connection(AGENT_PORT).ok_or(AgentError::Closed)?;

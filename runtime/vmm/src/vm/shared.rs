@@ -1,4 +1,5 @@
-//! What the vCPU threads and the microVM's owner share: the reason to stop, the gate at which they pause, the counters.
+//! What the vCPU threads and the microVM's owner share: the reason to stop, the gate at which they pause, the
+//! counters.
 
 use crate::VmmError;
 use crate::assist::{Counters, Op};
@@ -148,8 +149,8 @@ impl Shared {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// A vCPU thread waits here while the gate is closed, and leaves its state, once per closing. (Before the first closing
-    /// nobody has asked for it.)
+    /// A vCPU thread waits here while the gate is closed, and leaves its state, once per closing. (Before the
+    /// first closing nobody has asked for it.)
     pub(crate) fn park(&self, index: u8, mut capture: impl FnMut() -> Result<VcpuSnapshot, VmmError>) {
         let mut gate = lock(&self.gate);
         while self.closed() && !self.stopping() {
@@ -166,8 +167,8 @@ impl Shared {
         self.freeze_wanted.store(true, Ordering::Release);
     }
 
-    /// The guest has come to its freeze point: nobody goes on. A guest that was not asked is not heard, or it could stop itself
-    /// where nobody looks.
+    /// The guest has come to its freeze point: nobody goes on. A guest that was not asked is not heard, or it
+    /// could stop itself where nobody looks.
     pub(crate) fn freeze(&self) {
         if self.freeze_wanted.swap(false, Ordering::AcqRel) {
             let _gate = lock(&self.gate);
@@ -198,8 +199,8 @@ impl Shared {
         self.mailbox_bytes.swap(0, Ordering::AcqRel)
     }
 
-    /// Closes the gate and waits until all `vcpus` threads have left their states. Everybody else must keep from opening
-    /// it meanwhile.
+    /// Closes the gate and waits until all `vcpus` threads have left their states. Everybody else must keep
+    /// from opening it meanwhile.
     ///
     /// # Errors
     /// The first state that could not be taken, or that the microVM has stopped.

@@ -103,7 +103,8 @@ impl Worker {
         Ok(Self { control: ours, child: Some(child) })
     }
 
-    /// Has it restore the snapshot in `dir` and stand still. Whoever calls has verified the memory image once.
+    /// Has it restore the snapshot in `dir` and stand still. Whoever calls has verified the memory image
+    /// once.
     ///
     /// # Errors
     /// [`WorkerError::Refused`] with the reason.
@@ -124,7 +125,8 @@ impl Worker {
         }
     }
 
-    /// Forks the running guest into `count` children that stand still. The guest goes on, and so does its agent's conversation.
+    /// Forks the running guest into `count` children that stand still. The guest goes on, and so does its
+    /// agent's conversation.
     ///
     /// # Errors
     /// [`WorkerError::Refused`]: the guest is as it was.
@@ -145,8 +147,9 @@ impl Worker {
         Ok(Fork { decoded_ns, stopped_ns, resumed_ns, children: children.collect::<Result<_, _>>()? })
     }
 
-    /// Saves a snapshot of the running guest in `dir`, durable when this returns. The guest stands still for a fork, not for the
-    /// disk, and goes on. Dropping the worker then is hibernation; restoring the snapshot, any number of times, is [`Worker::prepare`].
+    /// Saves a snapshot of the running guest in `dir`, durable when this returns. The guest stands still for
+    /// a fork, not for the disk, and goes on. Dropping the worker then is hibernation; restoring the
+    /// snapshot, any number of times, is [`Worker::prepare`].
     ///
     /// # Errors
     /// [`WorkerError::Refused`]: the guest is as it was, and nothing of the snapshot is left.
@@ -196,7 +199,8 @@ impl Parked {
         self.pid
     }
 
-    /// CLOCK_MONOTONIC when the worker had decoded the request to prepare it; for a forked child, when it began to build.
+    /// CLOCK_MONOTONIC when the worker had decoded the request to prepare it; for a forked child, when it
+    /// began to build.
     #[must_use]
     pub fn decoded_ns(&self) -> u64 {
         self.decoded_ns

@@ -7,13 +7,15 @@
 //!                     the owner's end closes: the process ends, and its guest with it
 //! ```
 //!
-//! The owner ([`Worker`]) and the process ([`serve`]) speak over a SOCK_SEQPACKET socket. The conversation with the guest's
-//! agent is the owner's: the worker passes it the connection. A live fork is fork(2) of this process: the kernel's
-//! copy-on-write is the mechanism, no memory is dumped, and the parent's guest stands still for the fork alone.
+//! The owner ([`Worker`]) and the process ([`serve`]) speak over a SOCK_SEQPACKET socket. The conversation
+//! with the guest's agent is the owner's: the worker passes it the connection. A live fork is fork(2) of this
+//! process: the kernel's copy-on-write is the mechanism, no memory is dumped, and the parent's guest stands
+//! still for the fork alone.
 //!
 //! A snapshot of a running guest is such a fork that writes itself out and ends (as Redis' BGSAVE).
 //!
-//! May touch: its microVM, its control socket. Must not: decide anything; that is the pool's and the service's.
+//! May touch: its microVM, its control socket. Must not: decide anything; that is the pool's and the
+//! service's.
 
 mod client;
 mod process;

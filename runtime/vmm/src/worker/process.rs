@@ -27,15 +27,16 @@ struct Sandbox {
     disks: Vec<Disk>,
     /// The memory image that it was restored from.
     base: Arc<File>,
-    /// A second descriptor of the agent's connection: to see what its reader has not read when the guest is forked.
+    /// A second descriptor of the agent's connection: to see what its reader has not read when the guest is
+    /// forked.
     agent: UnixStream,
 }
 
 /// Serves one owner until it goes away. Ends the process, so that nothing can be left of its guest.
 pub fn serve(control: OwnedFd) -> ! {
     ignore_children();
-    // What takes a third of a millisecond and is the same for every guest is done before there is one. If there is no KVM, the
-    // first request says so.
+    // What takes a third of a millisecond and is the same for every guest is done before there is one. If
+    // there is no KVM, the first request says so.
     let _ = open_kvm().and_then(|kvm| crate::vcpu::supported_cpuid(&kvm).map(drop));
     serve_with(control, None)
 }
@@ -139,8 +140,8 @@ fn go(sandbox: &Sandbox, mailbox: &[u8], decoded_ns: u64) -> Reply {
     Reply::Going { decoded_ns, first_exit_ns }
 }
 
-/// Forks the guest. The first child makes the others, from its own copy, so that this guest stands still for one fork
-/// however many are wanted.
+/// Forks the guest. The first child makes the others, from its own copy, so that this guest stands still for
+/// one fork however many are wanted.
 fn fork_guest(
     sandbox: &mut Sandbox,
     sockets: Vec<OwnedFd>,
@@ -163,7 +164,8 @@ fn fork_guest(
     }
 }
 
-/// The state of a paused guest. Nothing moves any more: what the owner had not read is the rest of the conversation.
+/// The state of a paused guest. Nothing moves any more: what the owner had not read is the rest of the
+/// conversation.
 fn capture(
     paused: &Paused<'_>,
     connection: &UnixStream,
@@ -175,7 +177,8 @@ fn capture(
     Ok(machine)
 }
 
-/// Saves a snapshot. The guest stands still for a fork alone: the child, which has its memory as it was, writes it out.
+/// Saves a snapshot. The guest stands still for a fork alone: the child, which has its memory as it was,
+/// writes it out.
 fn save(
     sandbox: &Sandbox,
     mut sockets: Vec<OwnedFd>,

@@ -1,4 +1,5 @@
-//! What a worker and its owner say to each other: one message, one packet of a SOCK_SEQPACKET socket, with descriptors.
+//! What a worker and its owner say to each other: one message, one packet of a SOCK_SEQPACKET socket, with
+//! descriptors.
 
 use crate::snapshot::AgentState;
 use rustix::net::{
@@ -39,7 +40,8 @@ pub(crate) enum Request {
         /// The owner's part of the conversation with the agent.
         agent: AgentState,
     },
-    /// Save a snapshot of the running guest. A socket comes with the message, for the word that it is durable.
+    /// Save a snapshot of the running guest. A socket comes with the message, for the word that it is
+    /// durable.
     Snapshot {
         /// The snapshot's directory, which must not exist.
         dir: PathBuf,

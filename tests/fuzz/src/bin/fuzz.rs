@@ -1,5 +1,5 @@
-//! `fuzz TARGET COUNT [SEED [FROM]]`: so many executions of one target; the number of the last one that began is
-//! printed when a promise is broken, and `fuzz TARGET NUMBER+1 SEED NUMBER` repeats it.
+//! `fuzz TARGET COUNT [SEED [FROM]]`: so many executions of one target; the number of the last one that began
+//! is printed when a promise is broken, and `fuzz TARGET NUMBER+1 SEED NUMBER` repeats it.
 
 use std::process::ExitCode;
 use std::sync::Arc;

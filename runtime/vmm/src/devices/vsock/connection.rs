@@ -125,7 +125,8 @@ impl Connection {
         connection
     }
 
-    /// What to save, if it is a connection that can go on. What the host's end has been given is the host's to save.
+    /// What to save, if it is a connection that can go on. What the host's end has been given is the host's
+    /// to save.
     pub(super) fn state(&self) -> io::Result<Option<StreamState>> {
         let Some(stream) = self.stream.as_ref().filter(|_| {
             matches!(self.phase, Phase::Open) && !self.host_deaf && !self.host_ended && !self.due.response

@@ -119,8 +119,8 @@ impl Default for Vsock {
 }
 
 impl Vsock {
-    /// A device whose driver comes from a snapshot. Saved connections go on, and their hosts' ends are returned; if none was
-    /// saved, the guest will be told that those it may have are gone.
+    /// A device whose driver comes from a snapshot. Saved connections go on, and their hosts' ends are
+    /// returned; if none was saved, the guest will be told that those it may have are gone.
     ///
     /// # Errors
     /// If a socket cannot be made.
