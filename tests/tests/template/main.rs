@@ -167,7 +167,7 @@ fn a_clone_of_a_template_minutes_old_keeps_time() {
     if !kvm_or_skip("a_clone_of_a_template_minutes_old_keeps_time") {
         return;
     }
-    const AGE: Duration = Duration::from_secs(150);
+    const AGE: Duration = Duration::from_secs(45);
     drop(turn());
     let frozen = {
         let _turn = turn();
