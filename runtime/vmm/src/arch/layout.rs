@@ -58,7 +58,8 @@ pub fn ram_ranges(bytes: u64) -> Vec<Range<u64>> {
 const _: () = assert!(ZERO_PAGE + 0x1000 <= BOOT_STACK && BOOT_STACK < PML4);
 const _: () = assert!(PAGE_DIRECTORIES + 4 * 0x1000 <= COMMAND_LINE);
 const _: () = assert!(COMMAND_LINE + (COMMAND_LINE_MAX as u64) <= MAILBOX && MAILBOX_END < EBDA);
-const _: () = assert!(MAILBOX % 4096 == 0 && MAILBOX_END % 4096 == 0 && GATE_REGISTER > VIRTIO_MMIO);
+const _: () = assert!(MAILBOX.is_multiple_of(4096) && MAILBOX_END.is_multiple_of(4096));
+const _: () = assert!(GATE_REGISTER > VIRTIO_MMIO);
 
 #[cfg(test)]
 mod tests {
