@@ -163,8 +163,8 @@ fn a_clones_timers_fire_after_what_they_were_set_to() {
 }
 
 #[test]
-fn a_clone_of_a_template_minutes_old_keeps_time() {
-    if !kvm_or_skip("a_clone_of_a_template_minutes_old_keeps_time") {
+fn a_clone_of_an_older_template_keeps_time() {
+    if !kvm_or_skip("a_clone_of_an_older_template_keeps_time") {
         return;
     }
     const AGE: Duration = Duration::from_secs(45);

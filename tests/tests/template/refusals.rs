@@ -52,7 +52,7 @@ fn edit_record(dir: &Path, field: &str, value: serde_json::Value) {
         let mut record: serde_json::Value = serde_json::from_slice(&bytes[48..48 + len]).unwrap();
         assert!(record.get(field).is_some(), "no {field} in the record");
         record[field] = value;
-        let record = serde_json::to_vec(&record).unwrap();
+        let record = serde_json::to_vec_pretty(&record).unwrap();
         let body = [record.as_slice(), &bytes[48 + len..]].concat();
         let mut header = bytes[..16].to_vec();
         header[8..12].copy_from_slice(&u32::try_from(record.len()).unwrap().to_le_bytes());
@@ -161,6 +161,28 @@ fn another_tsc_frequency_is_refused_before_a_vcpu_runs() {
     let reason = Clone::restore(&stored, &shared().config).map(|_| ()).unwrap_err().to_string();
     assert!(reason.contains("TSC runs at") && reason.contains("1000000 kHz"), "{reason}");
     assert_eq!(left(), before);
+}
+
+#[test]
+fn a_template_for_another_tsc_frequency_is_made_again() {
+    if !kvm_or_skip("a_template_for_another_tsc_frequency_is_made_again") {
+        return;
+    }
+    let _turn = turn();
+    let root = fresh_dir("other-tsc");
+    copy(shared().store.root(), &root);
+    let store = Store::at(&root).unwrap();
+    let dir = root.join("template").join(template::key(&shared().config).unwrap().as_str());
+    let length = dir.join(STATE_FILE).metadata().unwrap().len();
+    // As many digits as its own, and the record as long as it was: nothing else is wrong with it.
+    let khz = shared().stored.snapshot.compat.tsc_khz.to_string();
+    edit_record(&dir, "tsc_khz", serde_json::Value::from(10_u64.pow(khz.len() as u32 - 1)));
+    assert_eq!(dir.join(STATE_FILE).metadata().unwrap().len(), length);
+    let mut told = Told::default();
+    let vm = template::restore(&store, &shared().config, &mut told).unwrap();
+    assert!(told.0[0].contains("again") && told.0[0].contains("TSC"), "{:?}", told.0);
+    assert_eq!(vm.stop_reason(), None);
+    assert!(Stored::open(&dir).is_ok_and(|made| made.snapshot.compat.tsc_khz.to_string() == khz));
 }
 
 /// Keeps what it is told.

@@ -96,11 +96,8 @@ pub(crate) fn run(args: &RunArgs, cache: Option<PathBuf>) -> Result<u8, CliError
         let agent = session::boot(&vm, BOOT_TIMEOUT, &mut timing);
         (vm, agent)
     } else {
-        let disks = config.open_disks()?;
-        let template = template::prepare(&artefacts.store, &config, progress::for_stderr().as_mut())?;
-        let kvm = peregrine_vmm::vm::open_kvm()?;
-        timing = Timing::new(begun.elapsed());
-        let mut vm = MicroVm::restore(&template, disks, &kvm)?;
+        let mut vm = template::restore(&artefacts.store, &config, progress::for_stderr().as_mut())?;
+        timing = Timing::new(vm.stages().start.saturating_duration_since(begun));
         if let Some(interval) = config.profile {
             vm.sample(interval)?;
         }

@@ -123,6 +123,28 @@ pub fn prepare(
     Ok(Stored::open(&dir)?)
 }
 
+/// A clone of the template of this configuration; it stands still. What only a vCPU can tell, the TSC's frequency, is compared
+/// here: a template that does not fit in that is made again too, once.
+///
+/// # Errors
+/// Why not.
+pub fn restore(
+    store: &Store,
+    config: &VmConfig,
+    progress: &mut dyn Progress,
+) -> Result<MicroVm, TemplateError> {
+    let clone =
+        |template: &Stored| MicroVm::restore(template, config.open_disks()?, &peregrine_vmm::vm::open_kvm()?);
+    match clone(&prepare(store, config, progress)?) {
+        Err(VmmError::Snapshot(SnapshotError::Incompatible(why))) => {
+            progress.message(&format!("building this template again: {why}"));
+            store.remove(Kind::Template, &key(config)?)?;
+            Ok(clone(&prepare(store, config, progress)?)?)
+        }
+        result => Ok(result?),
+    }
+}
+
 fn make(config: &VmConfig, out: &Path, progress: &mut dyn Progress) -> Result<Vec<String>, TemplateError> {
     let steps = 2 + WARM_UP.len() as u64;
     progress.begin("template: boot, warm up, freeze", Some(steps), "steps");
