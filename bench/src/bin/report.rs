@@ -28,7 +28,7 @@ fn run(suite: &str, artefacts: &Artefacts, quick: bool) -> Result<Vec<Recorder>,
         "boot" => bench::boot::suite(artefacts, of(5, 10), sizes(&[256], &[128, 256, 1024])),
         "guest" => bench::guest::suite(artefacts, quick),
         "create" => {
-            bench::clone::create(artefacts, of(200, 1000), sizes(&[128, 1024], &[128, 256, 1024, 4096]))
+            bench::clone::create(artefacts, of(1000, 2000), sizes(&[128, 1024], &[128, 256, 1024, 4096]))
         }
         "exec" => bench::clone::exec(artefacts, of(10, 100)),
         "fork" => bench::clone::fork(artefacts, of(100, 1000), sizes(&[0, 16], &[0, 4, 16, 64])),
