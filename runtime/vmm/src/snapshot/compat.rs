@@ -77,6 +77,20 @@ impl Compat {
         Ok(())
     }
 
+    /// Refuses other disks than it was made with: the guest has them mounted.
+    ///
+    /// # Errors
+    /// [`SnapshotError::Incompatible`] with both lists of sizes.
+    pub fn check_disks(&self, found_bytes: &[u64]) -> Result<(), SnapshotError> {
+        if self.disks_bytes == found_bytes {
+            return Ok(());
+        }
+        Err(SnapshotError::Incompatible(format!(
+            "the disks have {found_bytes:?} bytes, it was made with {:?}",
+            self.disks_bytes
+        )))
+    }
+
     /// Refuses a vCPU whose TSC runs at another speed; KVM here cannot scale it.
     ///
     /// # Errors
@@ -140,6 +154,16 @@ mod tests {
         assert!(refused(|c| c.version += 1).contains("snapshot version"));
         assert!(refused(|c| c.kvm.push('x')).contains("kind of KVM"));
         assert!(refused(|c| c.cpu.push('x')).contains("the CPU"));
+    }
+
+    #[test]
+    fn other_disks_are_refused_with_their_sizes() {
+        let made = Compat { disks_bytes: vec![4096, 8192], ..Compat::host() };
+        assert!(made.check_disks(&[4096, 8192]).is_ok());
+        for other in [&[4096, 4096][..], &[4096], &[8192, 4096], &[]] {
+            let text = made.check_disks(other).unwrap_err().to_string();
+            assert!(text.contains(&format!("{other:?} bytes")) && text.contains("[4096, 8192]"), "{text}");
+        }
     }
 
     #[test]

@@ -162,6 +162,7 @@ impl MicroVm {
     /// What does not fit this host or could not be built; nothing is left behind then.
     pub fn restore(stored: &Stored, disks: Vec<Disk>, kvm: &Kvm) -> Result<Self, VmmError> {
         let start = Instant::now();
+        stored.snapshot.compat.check_disks(&sizes(&disks))?;
         let mem = memory::map_private(stored.snapshot.compat.mem_mib, &stored.memory)?;
         Self::restore_in(&stored.snapshot.compat, &stored.snapshot.machine, disks, kvm, mem, start)
     }
@@ -201,7 +202,7 @@ impl MicroVm {
     fn assemble(machine: Machine, begin: Begin) -> Result<(Self, Arc<Bus>), VmmError> {
         let Machine { vm, mem, vcpus: fds, start } = machine;
         let Begin { disks, states, shared, msrs } = begin;
-        let disks_bytes = disks.iter().map(|disk| disk.file.metadata().map_or(0, |m| m.len())).collect();
+        let disks_bytes = sizes(&disks);
         let devices =
             DevicesConfig { disks, mmio_base: layout::VIRTIO_MMIO, first_gsi: layout::FIRST_GSI, states };
         let lines = Arc::new(IrqLines { vm: Arc::clone(&vm) });
@@ -432,6 +433,11 @@ impl Drop for MicroVm {
         // No thread is left to kick.
         lock(&self.shared.vcpus).clear();
     }
+}
+
+/// The disks' sizes in bytes.
+fn sizes(disks: &[Disk]) -> Vec<u64> {
+    disks.iter().map(|disk| disk.file.metadata().map_or(0, |m| m.len())).collect()
 }
 
 /// KVM_CREATE_VM starts a kernel thread and is interrupted by any signal meanwhile; trying again is right.
