@@ -111,7 +111,7 @@ pub fn create(artefacts: &Artefacts, samples: u32, mem_mib: &[u64]) -> Result<Ve
         );
         let mut miss = row(
             "create, pool miss",
-            "request decoded by an empty worker process -> first VM exit made by the guest it restores",
+            "restore by an empty worker process (request decoded -> its owner knows) + pool hit of that guest",
             Some((0.6, 3.0)),
             &variant,
             milli,
@@ -277,7 +277,7 @@ pub fn hibernate(artefacts: &Artefacts, samples: u32, dirty_mib: &[u64]) -> Resu
         );
         let mut resume = row(
             "resume, hot",
-            "empty worker process asked for the snapshot, in the page cache -> first VM exit",
+            "request decoded by an empty worker process, snapshot in the page cache -> first VM exit",
             goals((1.0, 4.0)),
             &variant,
             milli,

@@ -123,8 +123,8 @@ pub fn prepare(
     Ok(Stored::open(&dir)?)
 }
 
-/// A clone of the template of this configuration; it stands still. What only a vCPU can tell, the TSC's frequency, is compared
-/// here: a template that does not fit in that is made again too, once.
+/// A clone of the template of this configuration; it stands still. What only a vCPU can tell, the TSC's
+/// frequency, is compared here: a template that does not fit in that is made again too, once.
 ///
 /// # Errors
 /// Why not.
@@ -166,10 +166,11 @@ fn make(config: &VmConfig, out: &Path, progress: &mut dyn Progress) -> Result<Ve
     rest(&vm);
     vm.freeze_point(&agent, FREEZE_TIMEOUT).map_err(|e| guest(&vm, e))?;
     vm.freeze(&agent, &image, out)?;
-    Inputs::of(config).write(out)?;
+    let inputs = Inputs::of(config);
+    inputs.write(out)?;
     progress.advance(steps);
     progress.end();
-    Ok(Inputs::of(config).made_from())
+    Ok(inputs.made_from())
 }
 
 fn warm_up(agent: &mut Agent, argv: &[&str]) -> Result<(), AgentError> {

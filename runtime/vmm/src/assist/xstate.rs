@@ -4,6 +4,7 @@
 //! Pure: bytes in, bytes out.
 
 use std::ops::Range;
+use std::sync::{Arc, LazyLock};
 
 use super::Reason;
 use super::step::Stop;
@@ -54,13 +55,15 @@ pub struct HostCpu {
 }
 
 impl HostCpu {
-    /// Reads CPUID of the processor this runs on: slow in a virtual machine, so once.
-    pub fn detect() -> Self {
-        use core::arch::x86_64::__cpuid_count;
-        Self::from_cpuid(|leaf, subleaf| {
-            let answer = __cpuid_count(leaf, subleaf);
-            [answer.eax, answer.ebx, answer.ecx, answer.edx]
-        })
+    /// The processor this runs on. CPUID is slow in a virtual machine, so it is asked once.
+    pub fn this() -> Arc<Self> {
+        static THIS: LazyLock<Arc<HostCpu>> = LazyLock::new(|| {
+            Arc::new(HostCpu::from_cpuid(|leaf, subleaf| {
+                let answer = core::arch::x86_64::__cpuid_count(leaf, subleaf);
+                [answer.eax, answer.ebx, answer.ecx, answer.edx]
+            }))
+        });
+        Arc::clone(&THIS)
     }
 
     /// The same from any source of CPUID leaves (EAX, EBX, ECX, EDX).

@@ -4,6 +4,7 @@ use super::{MemoryDigest, SnapshotError};
 use crate::host::KvmKind;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
+use std::sync::LazyLock;
 
 /// Version of the state file's contents; another one is refused, never guessed at.
 pub const VERSION: u32 = 1;
@@ -35,9 +36,15 @@ pub struct Compat {
 }
 
 impl Compat {
-    /// This host's part of the record; the rest is zero.
+    /// This host's part of the record; the rest is zero. Found out once: CPUID is slow where this host is a
+    /// virtual machine itself.
     #[must_use]
     pub fn host() -> Self {
+        static HOST: LazyLock<Compat> = LazyLock::new(Compat::detect);
+        HOST.clone()
+    }
+
+    fn detect() -> Self {
         let kvm = match KvmKind::detect() {
             KvmKind::Hardware => "hardware",
             KvmKind::Software => "software",

@@ -6,7 +6,7 @@ use crate::VmmError;
 use crate::agent::{Agent, AgentError};
 use crate::event_loop;
 use crate::memory::GuestMemory;
-use crate::snapshot::{Compat, MachineState, Snapshot, SnapshotError, digest_memory};
+use crate::snapshot::{AgentState, Compat, MachineState, Snapshot, SnapshotError, digest_memory};
 use crate::vcpu_state::VcpuSnapshot;
 use guest_init::ToGuest;
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip};
@@ -20,8 +20,8 @@ use std::time::Duration;
 pub struct Paused<'a> {
     microvm: &'a MicroVm,
     vcpus: Vec<VcpuSnapshot>,
-    // Dropped before the gate opens.
-    devices: Option<event_loop::Paused>,
+    // Fields are dropped in this order: the devices go on before the gate opens.
+    devices: event_loop::Paused,
     _gate: OpenOnDrop<'a>,
 }
 
@@ -44,7 +44,7 @@ impl MicroVm {
         // vCPUs first: they are what gives the devices work.
         let vcpus = self.shared.close(self.vcpus)?;
         let devices = self.event_loop.pause()?;
-        Ok(Paused { microvm: self, vcpus, devices: Some(devices), _gate: gate })
+        Ok(Paused { microvm: self, vcpus, devices, _gate: gate })
     }
 
     /// Brings the guest to its freeze point, where it stands still: clones of it take their first request
@@ -67,7 +67,8 @@ impl MicroVm {
     /// What could not be captured or written. The microVM is gone either way.
     pub fn freeze(self, agent: &Agent, memory: &File, dir: &Path) -> Result<(), VmmError> {
         let paused = self.pause()?;
-        let machine = paused.capture(Some(agent))?;
+        let conversation = agent.state().map_err(|e| VmmError::Agent(e.to_string()))?;
+        let machine = paused.capture(conversation)?;
         // Before the gate opens: not one more instruction may change the memory.
         self.stop();
         drop(paused);
@@ -88,12 +89,13 @@ impl Paused<'_> {
         self.microvm.mem.clone()
     }
 
-    /// Everything but memory and disks. The interrupt controllers come last: settling the devices may have
-    /// raised interrupts.
+    /// Everything but memory and disks; `agent` is where the conversation stands now that nothing moves. I/O that
+    /// ended after the vCPUs had left their states may have raised interrupts: a restored device raises what
+    /// is not acknowledged once more.
     ///
     /// # Errors
-    /// What KVM or the agent's connection refused.
-    pub fn capture(&self, agent: Option<&Agent>) -> Result<MachineState, VmmError> {
+    /// What KVM refused.
+    pub fn capture(&self, agent: AgentState) -> Result<MachineState, VmmError> {
         let vm = &self.microvm.vm;
         let irqchips = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC]
             .into_iter()
@@ -103,20 +105,13 @@ impl Paused<'_> {
                 Ok(chip)
             })
             .collect::<Result<_, VmmError>>()?;
-        let agent = agent.map(Agent::state).transpose().map_err(|e| VmmError::Agent(e.to_string()))?;
         Ok(MachineState {
             vcpus: self.vcpus.clone(),
             irqchips,
             clock: vm.get_clock().map_err(VmmError::kvm("GET_CLOCK"))?,
-            devices: self.devices.as_ref().map(|paused| paused.states().to_vec()).unwrap_or_default(),
-            agent: agent.unwrap_or_default(),
+            devices: self.devices.states().to_vec(),
+            agent,
             at_gate: self.microvm.at_gate.load(Ordering::Relaxed),
         })
-    }
-}
-
-impl Drop for Paused<'_> {
-    fn drop(&mut self) {
-        self.devices = None;
     }
 }

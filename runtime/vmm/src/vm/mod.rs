@@ -25,7 +25,7 @@ use crate::event_loop::{self, Bus, LoopHandle};
 use crate::host::KvmKind;
 use crate::memory::{self, GuestMemory};
 use crate::profile::{self, Symbols};
-use crate::snapshot::{AgentState, Compat, Stored};
+use crate::snapshot::{AgentState, Compat, MachineState, Stored};
 use crate::stats;
 use crate::sys::kvm as raw;
 use crate::vcpu::{self, Vcpu};
@@ -98,7 +98,6 @@ impl Machine {
         let cpuid = vcpu::supported_cpuid(kvm)?;
         let create = |index| vcpu::create(&vm, index, cpuid, vcpus);
         let vcpus = (0..vcpus).map(create).collect::<Result<Vec<_>, _>>()?;
-
         Ok(Self { vm, mem, vcpus, start })
     }
 }
@@ -170,7 +169,7 @@ impl MicroVm {
     /// As [`MicroVm::restore`], over memory that is there already.
     pub(crate) fn restore_in(
         compat: &Compat,
-        state: &crate::snapshot::MachineState,
+        state: &MachineState,
         disks: Vec<Disk>,
         kvm: &Kvm,
         mem: GuestMemory,
@@ -212,7 +211,7 @@ impl MicroVm {
             .listen(AGENT_PORT)
             .map_err(|source| VmmError::Os { what: "cannot listen for the agent", source })?;
         let statistics = fds.iter().filter_map(|fd| raw::stats_fd(fd).ok()).collect();
-        let host = Arc::new(HostCpu::detect());
+        let host = HostCpu::this();
         let stages = Stages { start, built: Instant::now(), entered: None, first_exit: None };
         let mut microvm = Self {
             shared: Arc::clone(&shared),

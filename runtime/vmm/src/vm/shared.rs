@@ -60,8 +60,8 @@ pub struct Stages {
 ///
 /// A new microVM's gate is closed: nothing runs before it is complete.
 struct Gate {
-    /// How often it was closed.
-    closings: u64,
+    /// Somebody waits for the threads' states.
+    asked: bool,
     /// States that the threads have left, by vCPU index.
     parked: BTreeMap<u8, Result<VcpuSnapshot, VmmError>>,
 }
@@ -103,7 +103,7 @@ impl Shared {
             reason: Mutex::new(None),
             stopped: Condvar::new(),
             closed: AtomicBool::new(true),
-            gate: Mutex::new(Gate { closings: 0, parked: BTreeMap::new() }),
+            gate: Mutex::new(Gate { asked: false, parked: BTreeMap::new() }),
             gate_moved: Condvar::new(),
             freeze_wanted: AtomicBool::new(false),
             mailbox_bytes: AtomicU32::new(0),
@@ -149,12 +149,11 @@ impl Shared {
         self.closed.load(Ordering::Acquire)
     }
 
-    /// A vCPU thread waits here while the gate is closed, and leaves its state, once per closing. (Before the
-    /// first closing nobody has asked for it.)
+    /// A vCPU thread waits here while the gate is closed, and leaves its state once each time it is asked for.
     pub(crate) fn park(&self, index: u8, mut capture: impl FnMut() -> Result<VcpuSnapshot, VmmError>) {
         let mut gate = lock(&self.gate);
         while self.closed() && !self.stopping() {
-            if gate.closings > 0 && !gate.parked.contains_key(&index) {
+            if gate.asked && !gate.parked.contains_key(&index) {
                 gate.parked.insert(index, capture());
                 self.gate_moved.notify_all();
             }
@@ -206,7 +205,7 @@ impl Shared {
     /// The first state that could not be taken, or that the microVM has stopped.
     pub(super) fn close(&self, vcpus: u8) -> Result<Vec<VcpuSnapshot>, VmmError> {
         let mut gate = lock(&self.gate);
-        gate.closings += 1;
+        gate.asked = true;
         gate.parked.clear();
         self.closed.store(true, Ordering::Release);
         self.kick_all();
@@ -217,6 +216,8 @@ impl Shared {
             }
             gate = self.gate_moved.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
+        // A thread that wakes up later must not take its state again: it would hold the gate meanwhile.
+        gate.asked = false;
         std::mem::take(&mut gate.parked).into_values().collect()
     }
 

@@ -4,16 +4,18 @@ use super::wire::{Reply, Request, receive, send};
 use super::{WorkerStats, monotonic_ns};
 use crate::VmmError;
 use crate::agent::AGENT_PORT;
+use crate::assist::HostCpu;
 use crate::devices::Disk;
+use crate::memory::GuestMemory;
 use crate::snapshot::{AgentState, Compat, MachineState, Snapshot, Stored};
 use crate::sys::process::{Forked, close_all_but, exit_now, fork, ignore_children};
-use crate::vm::{DiskConfig, MicroVm, Paused, open_disks, open_kvm};
+use crate::vm::{DiskConfig, MicroVm, open_disks, open_kvm};
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -35,8 +37,10 @@ struct Sandbox {
 /// Serves one owner until it goes away. Ends the process, so that nothing can be left of its guest.
 pub fn serve(control: OwnedFd) -> ! {
     ignore_children();
-    // What takes a third of a millisecond and is the same for every guest is done before there is one. If
-    // there is no KVM, the first request says so.
+    // What is the same for every guest is found out before there is one: CPUID traps where this host is a
+    // virtual machine, and KVM's answer takes a third of a millisecond. If there is no KVM, the first request
+    // says so.
+    let _ = (Compat::host(), HostCpu::this());
     let _ = open_kvm().and_then(|kvm| crate::vcpu::supported_cpuid(&kvm).map(drop));
     serve_with(control, None)
 }
@@ -68,7 +72,7 @@ fn serve_with(control: OwnedFd, mut sandbox: Option<Sandbox>) -> ! {
                 send(&control, &reply, &[])
             }
             (Request::Snapshot { dir, agent }, Some(sandbox)) => {
-                let reply = save(sandbox, fds, agent, dir, decoded_ns)
+                let reply = save(sandbox, fds, agent, &dir, decoded_ns)
                     .unwrap_or_else(|e| Reply::Failed(e.to_string()));
                 send(&control, &reply, &[])
             }
@@ -88,8 +92,8 @@ fn serve_with(control: OwnedFd, mut sandbox: Option<Sandbox>) -> ! {
 }
 
 fn prepare(
-    dir: &std::path::Path,
-    disks: &[(std::path::PathBuf, bool)],
+    dir: &Path,
+    disks: &[(PathBuf, bool)],
     decoded_ns: u64,
 ) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
     let stored = Stored::open(dir)?;
@@ -140,86 +144,75 @@ fn go(sandbox: &Sandbox, mailbox: &[u8], decoded_ns: u64) -> Reply {
     Reply::Going { decoded_ns, first_exit_ns }
 }
 
-/// Forks the guest. The first child makes the others, from its own copy, so that this guest stands still for
-/// one fork however many are wanted.
-fn fork_guest(
-    sandbox: &mut Sandbox,
-    sockets: Vec<OwnedFd>,
+/// Forks the process while the guest stands still. `child` gets the guest's memory and state; the guest goes on in
+/// the parent, which stands still for this one fork whatever the child does with it.
+fn split(
+    sandbox: &Sandbox,
     mut agent: AgentState,
     decoded_ns: u64,
+    child: impl FnOnce(GuestMemory, MachineState),
 ) -> Result<Reply, VmmError> {
-    if let Some(disk) = sandbox.disks.iter().find(|disk| !disk.read_only) {
-        return Err(VmmError::Agent(format!("disk {} is writable, and two guests cannot share it", disk.id)));
-    }
     let paused = sandbox.vm.pause()?;
     let stopped_ns = monotonic_ns();
-    let machine = capture(&paused, &sandbox.agent, &mut agent)?;
+    // Nothing moves any more: what the owner had not read is the rest of the conversation.
+    agent.add_unread(&sandbox.agent).map_err(|e| VmmError::Agent(e.to_string()))?;
+    let machine = paused.capture(agent)?;
     // The child uses this thread's own data only, leaks the microVM and never waits for its threads.
     match fork().map_err(os("fork"))? {
         Forked::Parent => {
             drop(paused);
             Ok(Reply::Forked { decoded_ns, stopped_ns, resumed_ns: monotonic_ns() })
         }
-        Forked::Child => become_children(ManuallyDrop::new(paused).memory(), sandbox, machine, sockets),
-    }
-}
-
-/// The state of a paused guest. Nothing moves any more: what the owner had not read is the rest of the
-/// conversation.
-fn capture(
-    paused: &Paused<'_>,
-    connection: &UnixStream,
-    agent: &mut AgentState,
-) -> Result<MachineState, VmmError> {
-    agent.add_unread(connection).map_err(|e| VmmError::Agent(e.to_string()))?;
-    let mut machine = paused.capture(None)?;
-    machine.agent = std::mem::take(agent);
-    Ok(machine)
-}
-
-/// Saves a snapshot. The guest stands still for a fork alone: the child, which has its memory as it was,
-/// writes it out.
-fn save(
-    sandbox: &Sandbox,
-    mut sockets: Vec<OwnedFd>,
-    mut agent: AgentState,
-    dir: PathBuf,
-    decoded_ns: u64,
-) -> Result<Reply, VmmError> {
-    let (Some(done), true) = (sockets.pop(), sockets.is_empty()) else {
-        return Err(VmmError::Agent("a snapshot needs one socket".to_owned()));
-    };
-    let paused = sandbox.vm.pause()?;
-    let stopped_ns = monotonic_ns();
-    let machine = capture(&paused, &sandbox.agent, &mut agent)?;
-    match fork().map_err(os("fork"))? {
-        Forked::Parent => {
-            drop(paused);
-            Ok(Reply::Forked { decoded_ns, stopped_ns, resumed_ns: monotonic_ns() })
-        }
         Forked::Child => {
-            let mem = ManuallyDrop::new(paused).memory();
-            close_all_but(&[sandbox.base.as_raw_fd(), done.as_raw_fd()]);
-            let snapshot = Snapshot { compat: sandbox.compat.clone(), machine };
-            let reply = match snapshot.save(&mem, &sandbox.base, &dir) {
-                Ok(()) => Reply::Saved,
-                Err(error) => Reply::Failed(error.to_string()),
-            };
-            // If the owner has gone, what is on disk is complete or absent all the same.
-            let _ = send(&done, &reply, &[]);
+            child(ManuallyDrop::new(paused).memory(), machine);
             exit_now(0)
         }
     }
 }
 
+/// Forks the guest. The first child makes the others, from its own copy.
+fn fork_guest(
+    sandbox: &Sandbox,
+    sockets: Vec<OwnedFd>,
+    agent: AgentState,
+    decoded_ns: u64,
+) -> Result<Reply, VmmError> {
+    if let Some(disk) = sandbox.disks.iter().find(|disk| !disk.read_only) {
+        return Err(VmmError::Agent(format!("disk {} is writable, and two guests cannot share it", disk.id)));
+    }
+    split(sandbox, agent, decoded_ns, |mem, machine| become_children(mem, sandbox, machine, sockets))
+}
+
+/// Saves a snapshot: the child, which has the guest's memory as it was, writes it out.
+fn save(
+    sandbox: &Sandbox,
+    mut sockets: Vec<OwnedFd>,
+    agent: AgentState,
+    dir: &Path,
+    decoded_ns: u64,
+) -> Result<Reply, VmmError> {
+    let (Some(done), true) = (sockets.pop(), sockets.is_empty()) else {
+        return Err(VmmError::Agent("a snapshot needs one socket".to_owned()));
+    };
+    split(sandbox, agent, decoded_ns, |mem, machine| {
+        close_all_but(&[sandbox.base.as_raw_fd(), done.as_raw_fd()]);
+        let snapshot = Snapshot { compat: sandbox.compat.clone(), machine };
+        let reply = match snapshot.save(&mem, &sandbox.base, dir) {
+            Ok(()) => Reply::Saved,
+            Err(error) => Reply::Failed(error.to_string()),
+        };
+        // If the owner has gone, what is on disk is complete or absent all the same.
+        let _ = send(&done, &reply, &[]);
+    })
+}
+
 /// In the first child: makes its siblings, then goes on as a worker of its own.
 fn become_children(
-    mem: crate::memory::GuestMemory,
+    mem: GuestMemory,
     sandbox: &Sandbox,
     machine: MachineState,
-    sockets: Vec<OwnedFd>,
+    mut sockets: Vec<OwnedFd>,
 ) -> ! {
-    let mut sockets = ManuallyDrop::new(sockets);
     let Some(mut mine) = sockets.pop() else { exit_now(1) };
     while let Some(next) = sockets.pop() {
         match fork() {
@@ -249,7 +242,7 @@ fn become_children(
 }
 
 fn rebuild(
-    mem: crate::memory::GuestMemory,
+    mem: GuestMemory,
     parent: &Sandbox,
     machine: &MachineState,
 ) -> Result<(Sandbox, Reply, UnixStream), VmmError> {

@@ -13,7 +13,6 @@ mod xstate;
 mod xstate_faults;
 
 use std::io;
-use std::sync::LazyLock;
 
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use proptest::prelude::ProptestConfig;
@@ -57,12 +56,6 @@ pub(crate) const DATA_PAGES: u64 = 8;
 /// Settings of the property tests: no files of failed seeds beside the sources.
 pub(crate) fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
-}
-
-/// This processor; CPUID is slow in a virtual machine, so it is asked once.
-fn host() -> HostCpu {
-    static HOST: LazyLock<HostCpu> = LazyLock::new(HostCpu::detect);
-    HOST.clone()
 }
 
 /// A vCPU of plain data.
@@ -176,7 +169,7 @@ impl Machine {
         let mut machine = Self {
             cpu,
             mem: GuestMemoryMmap::from_ranges(&ranges).unwrap(),
-            host: host(),
+            host: (*HostCpu::this()).clone(),
             next_table: TABLES + 0x1000,
         };
         for page in 0..DATA_PAGES {
