@@ -59,7 +59,7 @@ pub use wire::to_host::{ErrorCode, ExecFailed, Exited, Hello, Outcome, Stage, To
 pub use wire::{Header, Kind, WireError};
 
 /// Version of everything in this crate; the first two payload bytes of `Hello`, for ever.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 12;
 /// Most payload bytes one frame may carry.
@@ -105,6 +105,22 @@ pub const EXEC_USER: u8 = 1 << 3;
 /// `Exec`: `Started` need not be sent at once, it may travel with the first output or the exit.
 /// A short command then costs one packet instead of two or three.
 pub const EXEC_LAZY_STARTED: u8 = 1 << 4;
+/// `Exec`: the program is the agent's own, whatever the image holds; argv is [`TOOL_ARGV`] and what follows.
+pub const EXEC_SELF: u8 = 1 << 5;
+
+/// How an argv for [`EXEC_SELF`] begins. Then comes one of
+///
+/// ```text
+/// read PATH      a regular file: TOOL_STAT_BYTES (size u64, mode u32, mtime i64), then its bytes to stdout
+/// write PATH     stdin becomes the file; its directories are made
+/// list PATH      per entry: size u64, mode u32, mtime i64, length of the name u16, the name
+/// connect PORT   a TCP connection to the guest's loopback: one byte 0, then both ways until both ends close
+/// ```
+///
+/// The exit code is Linux's error number, 0 for none.
+pub const TOOL_ARGV: [&str; 2] = ["peregrine-tool", "--tool"];
+/// What comes before a file's bytes and, with a name's length, before each name.
+pub const TOOL_STAT_BYTES: usize = 20;
 
 /// `Started`: the command runs since an earlier connection.
 pub const STARTED_RESUMED: u8 = 1 << 0;

@@ -7,6 +7,7 @@ mod error;
 mod guest;
 mod progress;
 mod run;
+mod serve;
 mod session;
 mod stdio;
 mod template;
@@ -36,6 +37,7 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(Box<run::RunArgs>),
+    Serve(serve::ServeArgs),
     Template(template::TemplateArgs),
     Doctor(doctor::DoctorArgs),
     /// One microVM's process, spoken to over its standard input
@@ -54,6 +56,7 @@ pub(crate) fn main() -> ExitCode {
     let args = Args::parse();
     let result = match args.verb {
         Verb::Run(run) => run::run(&run, args.cache),
+        Verb::Serve(serve) => serve::serve(&serve, args.cache),
         Verb::Template(template) => template::template(&template, args.cache),
         Verb::Doctor(doctor) => doctor::doctor(&doctor, args.cache),
         Verb::Worker => worker(),

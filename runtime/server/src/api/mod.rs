@@ -1,0 +1,171 @@
+//! The HTTP API: HTTP and JSON are here and nowhere else. What a route means is the service's.
+//!
+//! ```text
+//! listener -> one task a connection -> route -> handler -> service
+//!                                        `-> error (error.rs: status and code)
+//! ```
+
+mod body;
+mod error;
+mod keys;
+mod request;
+mod runs;
+mod types;
+
+pub use error::{Code, ErrorBody};
+pub use keys::Keys;
+
+use crate::executor;
+use crate::service::{Service, Tenant};
+use body::Body;
+use error::ApiError;
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_TYPE, HeaderValue};
+use hyper::http::request::Parts;
+use hyper::server::conn::http1;
+use hyper::service::service_fn;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use serde::Serialize;
+use std::convert::Infallible;
+use std::rc::Rc;
+use std::time::Duration;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+/// What handlers share.
+#[derive(Debug)]
+pub struct App {
+    pub(crate) service: Rc<Service>,
+    pub(crate) keys: Keys,
+}
+
+impl App {
+    /// An API over a service.
+    #[must_use]
+    pub fn new(service: Rc<Service>, keys: Keys) -> Self {
+        Self { service, keys }
+    }
+}
+
+pub(crate) type Answer = Result<Response<Body>, ApiError>;
+
+/// Serves until `stop` turns true, then lets requests that are under way end.
+///
+/// # Errors
+/// If the listener breaks.
+pub async fn serve(
+    app: Rc<App>,
+    listener: TcpListener,
+    mut stop: watch::Receiver<bool>,
+) -> std::io::Result<()> {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stop.wait_for(|stop| *stop) => return Ok(()),
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                executor::spawn(connection(Rc::clone(&app), stream, stop.clone()));
+            }
+            // No descriptors left, most likely: those who are connected go on, and free some.
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept");
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+}
+
+async fn connection(app: Rc<App>, stream: TcpStream, mut stop: watch::Receiver<bool>) {
+    // Answers are small and waited for.
+    let _ = stream.set_nodelay(true);
+    let idle = Duration::from_secs(app.service.config.limits.idle_s);
+    let handler = service_fn(move |request| {
+        let app = Rc::clone(&app);
+        async move { Ok::<_, Infallible>(answer(&app, request).await) }
+    });
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(idle).max_buf_size(64 * 1024).pipeline_flush(true);
+    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), handler).with_upgrades());
+    tokio::select! {
+        result = connection.as_mut() => {
+            if let Err(error) = result {
+                tracing::debug!(%error, "connection");
+            }
+        }
+        _ = stop.wait_for(|stop| *stop) => {
+            connection.as_mut().graceful_shutdown();
+            let _ = connection.await;
+        }
+    }
+}
+
+async fn answer(app: &Rc<App>, request: Request<Incoming>) -> Response<Body> {
+    let (parts, body) = request.into_parts();
+    let (method, path) = (parts.method.clone(), parts.uri.path().to_owned());
+    let response = route(app, parts, body).await.unwrap_or_else(|error| {
+        tracing::debug!(%method, path, code = error.code().name(), error = error.text(), "refused");
+        error.into_response()
+    });
+    tracing::trace!(%method, path, status = response.status().as_u16(), "answered");
+    response
+}
+
+/// A request that came with a valid key.
+pub(crate) struct Asked {
+    pub(crate) app: Rc<App>,
+    pub(crate) tenant: Tenant,
+    pub(crate) parts: Parts,
+    pub(crate) body: Incoming,
+}
+
+/// Who asks.
+pub(crate) struct Caller {
+    pub(crate) app: Rc<App>,
+    pub(crate) tenant: Tenant,
+}
+
+async fn route(app: &Rc<App>, parts: Parts, body: Incoming) -> Answer {
+    let path = parts.uri.path().to_owned();
+    let segments: Vec<&str> = path.split('/').skip(1).collect();
+    match (&parts.method, segments.as_slice()) {
+        (&Method::GET, ["healthz"]) => return Ok(json(&serde_json::json!({ "status": "ok" }))),
+        (_, ["v1", ..]) => {}
+        _ => return Err(no_route(&parts)),
+    }
+    let tenant = app.keys.tenant(request::token(&parts).as_deref())?;
+    let method = parts.method.clone();
+    let asked = Asked { app: Rc::clone(app), tenant, parts, body };
+    let segments = &segments[1..];
+    match (method, segments) {
+        (Method::POST, ["runs"]) => runs::create(asked).await,
+        (Method::GET, ["runs"]) => Ok(runs::list(&asked)),
+        (Method::GET, ["runs", "history"]) => runs::history(&asked),
+        (Method::GET, ["runs", id]) => runs::get(&asked, id),
+        (Method::PATCH, ["runs", id]) => runs::patch(asked, id).await,
+        (Method::DELETE, ["runs", id]) => runs::destroy(&asked, id).await,
+        (Method::POST, ["runs", id, "exec"]) => runs::exec(asked, id).await,
+        (Method::GET, ["usage"]) => runs::usage(&asked),
+        (Method::GET, ["network-profiles"]) => Ok(json(&asked.app.service.config.network_profiles)),
+        _ => Err(no_route(&asked.parts)),
+    }
+}
+
+fn no_route(parts: &Parts) -> ApiError {
+    ApiError::new(Code::NoRoute, format!("there is no route {} {}", parts.method, parts.uri.path()))
+}
+
+/// An answer of 200 with this JSON.
+pub(crate) fn json<T: Serialize>(value: &T) -> Response<Body> {
+    let mut response = Response::new(Body::from(serde_json::to_vec(value).unwrap_or_default()));
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// The same with another status.
+pub(crate) fn json_with<T: Serialize>(status: StatusCode, value: &T) -> Response<Body> {
+    let mut response = json(value);
+    *response.status_mut() = status;
+    response
+}
