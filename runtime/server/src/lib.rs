@@ -1,5 +1,6 @@
 //! What the `peregrine` command, its tests and its benches share: the guest artefacts, the agent that is
-//! built into the binary, and templates.
+//! built into the binary, templates and API keys.
 
 pub mod artefacts;
+pub mod key;
 pub mod template;

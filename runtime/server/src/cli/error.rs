@@ -11,6 +11,10 @@ pub(crate) enum CliError {
     Image(#[from] peregrine_image::Error),
     #[error(transparent)]
     Template(#[from] peregrine::template::TemplateError),
+    #[error(transparent)]
+    Key(#[from] peregrine::key::KeyError),
+    #[error(transparent)]
+    Audit(#[from] peregrine_audit::AuditError),
     #[error("{0}")]
     Stopped(StopReason),
     #[error("the guest's agent did not answer within {seconds} s{hint}")]
