@@ -12,8 +12,6 @@ use std::time::Duration;
 pub struct Config {
     /// Where the API is served.
     pub listen: SocketAddr,
-    /// Where the daemon keeps what it must not forget [default: the XDG state directory].
-    pub state: Option<PathBuf>,
     /// The region in keys and in answers: letters, digits and hyphens.
     pub region: String,
     /// This node in a fleet, in every id: 0 to 65535.
@@ -149,7 +147,6 @@ impl Default for Config {
         };
         Self {
             listen: SocketAddr::from(([127, 0, 0, 1], 8700)),
-            state: None,
             region: "local".to_owned(),
             node: 0,
             domain: "localhost".to_owned(),

@@ -1,9 +1,10 @@
 //! The daemon, from its start to its end.
 
-use crate::api::{self, App, Keys};
+use crate::api::{self, App};
 use crate::artefacts::Artefacts;
 use crate::config::Config;
 use crate::executor;
+use crate::key::{KeyError, Keys};
 use crate::service::{Service, StartError};
 use std::io;
 use std::net::SocketAddr;
@@ -27,6 +28,9 @@ pub enum ServeError {
     /// The service.
     #[error(transparent)]
     Start(#[from] StartError),
+    /// The keys.
+    #[error(transparent)]
+    Key(#[from] KeyError),
     /// The host.
     #[error("{what}: {source}")]
     Io {
@@ -69,14 +73,22 @@ async fn serve(start: Start, ready: impl FnOnce(SocketAddr, Option<&str>)) -> Re
     let listen = |source| ServeError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(listen)?;
     let address = listener.local_addr().map_err(listen)?;
-    let (keys, key) = Keys::dev(&start.config.region).map_err(failed("no random bytes"))?;
+    let region = start.config.region.clone();
     let service = Service::start(start.config, &start.state, start.artefacts, start.program)?;
+    // After the state directory was taken over: its files are this daemon's.
+    let keys = Keys::open(&start.state.join("keys"))?;
+    let key = start.dev.then(|| keys.mint("dev", &region)).transpose()?.map(|minted| minted.key);
+    for spec in service.config.pools.clone() {
+        if let Err(error) = service.set_pool(spec).await {
+            tracing::error!(%error, "a pool of the configuration");
+        }
+    }
     let app = Rc::new(App::new(Rc::clone(&service), keys));
     let (stop, stopped) = watch::channel(false);
     let mut terminate = signal(SignalKind::terminate()).map_err(failed("SIGTERM"))?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(failed("SIGINT"))?;
     let serving = executor::spawn(api::serve(app, listener, stopped));
-    ready(address, start.dev.then_some(&key));
+    ready(address, key.as_deref());
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}

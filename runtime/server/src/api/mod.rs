@@ -6,16 +6,23 @@
 //! ```
 
 mod body;
+mod clones;
 mod error;
-mod keys;
+mod files;
+mod metrics;
+mod once;
+mod pools;
+mod rate;
 mod request;
 mod runs;
+mod socket;
+mod sse;
 mod types;
 
 pub use error::{Code, ErrorBody};
-pub use keys::Keys;
 
 use crate::executor;
+use crate::key::Keys;
 use crate::service::{Service, Tenant};
 use body::Body;
 use error::ApiError;
@@ -27,9 +34,10 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde::Serialize;
+use std::cell::RefCell;
 use std::convert::Infallible;
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
@@ -37,14 +45,23 @@ use tokio::sync::watch;
 #[derive(Debug)]
 pub struct App {
     pub(crate) service: Rc<Service>,
-    pub(crate) keys: Keys,
+    pub(crate) keys: RefCell<Keys>,
+    pub(crate) given: RefCell<once::Given>,
+    pub(crate) metrics: RefCell<metrics::Metrics>,
+    pub(crate) rates: RefCell<rate::Buckets>,
 }
 
 impl App {
     /// An API over a service.
     #[must_use]
     pub fn new(service: Rc<Service>, keys: Keys) -> Self {
-        Self { service, keys }
+        Self {
+            service,
+            keys: RefCell::new(keys),
+            given: RefCell::default(),
+            metrics: RefCell::default(),
+            rates: RefCell::default(),
+        }
     }
 }
 
@@ -106,10 +123,29 @@ async fn answer(app: &Rc<App>, request: Request<Incoming>) -> Response<Body> {
     let (method, path) = (parts.method.clone(), parts.uri.path().to_owned());
     let response = route(app, parts, body).await.unwrap_or_else(|error| {
         tracing::debug!(%method, path, code = error.code().name(), error = error.text(), "refused");
+        app.metrics.borrow_mut().refused(error.code(), error.text());
         error.into_response()
     });
+    app.metrics.borrow().answered(&method, response.status().as_u16());
     tracing::trace!(%method, path, status = response.status().as_u16(), "answered");
     response
+}
+
+/// Whose key came with the request.
+fn tenant(app: &App, parts: &Parts) -> Result<Tenant, ApiError> {
+    let unauthorized = |why: &str| ApiError::new(Code::Unauthorized, why);
+    let token = request::token(parts);
+    let token =
+        token.ok_or_else(|| unauthorized("no API key: send `Authorization: Bearer isorun_live_...`"))?;
+    let mut keys = app.keys.borrow_mut();
+    if let Err(error) = keys.refresh() {
+        // Who was revoked cannot be known, so nobody is let in.
+        tracing::error!(%error, "the list of revoked keys");
+        return Err(ApiError::new(Code::Unavailable, "the list of revoked keys cannot be read"));
+    }
+    let caller =
+        keys.check(&token).ok_or_else(|| unauthorized("this API key is not valid, or was revoked"))?;
+    Ok(caller.tenant.into())
 }
 
 /// A request that came with a valid key.
@@ -131,10 +167,14 @@ async fn route(app: &Rc<App>, parts: Parts, body: Incoming) -> Answer {
     let segments: Vec<&str> = path.split('/').skip(1).collect();
     match (&parts.method, segments.as_slice()) {
         (&Method::GET, ["healthz"]) => return Ok(json(&serde_json::json!({ "status": "ok" }))),
+        (&Method::GET, ["metrics"]) => return Ok(metrics::scrape(app).await),
         (_, ["v1", ..]) => {}
         _ => return Err(no_route(&parts)),
     }
-    let tenant = app.keys.tenant(request::token(&parts).as_deref())?;
+    let tenant = tenant(app, &parts)?;
+    let limits = &app.service.config.limits;
+    let (per_s, burst) = (limits.requests_per_s, limits.request_burst);
+    app.rates.borrow_mut().take(&tenant, per_s, burst, Instant::now())?;
     let method = parts.method.clone();
     let asked = Asked { app: Rc::clone(app), tenant, parts, body };
     let segments = &segments[1..];
@@ -145,7 +185,28 @@ async fn route(app: &Rc<App>, parts: Parts, body: Incoming) -> Answer {
         (Method::GET, ["runs", id]) => runs::get(&asked, id),
         (Method::PATCH, ["runs", id]) => runs::patch(asked, id).await,
         (Method::DELETE, ["runs", id]) => runs::destroy(&asked, id).await,
+        (Method::POST, ["runs", "restore"]) => clones::restore(asked).await,
         (Method::POST, ["runs", id, "exec"]) => runs::exec(asked, id).await,
+        (Method::POST, ["runs", id, "exec", "stream"]) => sse::exec_stream(asked, id).await,
+        (Method::GET, ["runs", id, "terminal"]) => socket::terminal(asked, id),
+        (Method::GET, ["runs", id, "shell"]) => socket::shell(asked, id).await,
+        (Method::POST | Method::PUT, ["runs", id, "files", "upload"]) => files::upload(asked, id).await,
+        (Method::GET, ["runs", id, "files", "download"]) => files::download(asked, id).await,
+        (Method::GET, ["runs", id, "files"]) => files::list(asked, id).await,
+        (Method::POST, ["runs", id, "snapshot"]) => clones::snapshot(asked, id).await,
+        (Method::POST, ["runs", id, "fork"]) => clones::fork(asked, id).await,
+        (Method::POST, ["runs", id, "hibernate"]) => clones::hibernate(asked, id).await,
+        (Method::POST, ["runs", id, "resume"]) => clones::resume(asked, id).await,
+        (Method::GET, ["runs", id, "audit"]) => files::audit(&asked, id),
+        (Method::GET, ["snapshots"]) => clones::snapshots(&asked),
+        (Method::DELETE, ["snapshots", id]) => clones::delete_snapshot(&asked, id),
+        (Method::GET, ["pools"]) => pools::list(&asked).await,
+        (Method::POST, ["pools"]) => pools::create(asked).await,
+        (Method::PATCH, ["pools"]) => pools::change(asked, None).await,
+        (Method::DELETE, ["pools"]) => pools::remove(asked, None).await,
+        (Method::GET, ["pools", id]) => pools::get(&asked, id).await,
+        (Method::PATCH, ["pools", id]) => pools::change(asked, Some(id)).await,
+        (Method::DELETE, ["pools", id]) => pools::remove(asked, Some(id)).await,
         (Method::GET, ["usage"]) => runs::usage(&asked),
         (Method::GET, ["network-profiles"]) => Ok(json(&asked.app.service.config.network_profiles)),
         _ => Err(no_route(&asked.parts)),

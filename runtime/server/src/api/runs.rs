@@ -2,6 +2,7 @@
 
 use super::body::Body;
 use super::error::ApiError;
+use super::once::KEY_MAX_BYTES;
 use super::types::{
     CommandLine, CreateBody, DestroyedRun, ExecAnswer, ExecBody, History, Number, PatchBody, Run, Runs,
     UsageAnswer, time,
@@ -11,6 +12,7 @@ use crate::executor;
 use crate::service::{CreateRequest, ExecRequest, Finished, Sandbox, ServiceError, idleness, millis};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
 use hyper::{Response, StatusCode};
 use serde::de::DeserializeOwned;
 use std::rc::Rc;
@@ -24,10 +26,27 @@ const MOST_ON_A_PAGE: usize = 1000;
 impl Asked {
     /// The body as JSON.
     pub(crate) async fn json<T: DeserializeOwned>(self) -> Result<(super::Caller, T), ApiError> {
+        self.json_and_bytes().await.map(|(caller, value, _)| (caller, value))
+    }
+
+    /// The body as JSON, and as it came.
+    pub(crate) async fn json_and_bytes<T: DeserializeOwned>(
+        self,
+    ) -> Result<(super::Caller, T, Bytes), ApiError> {
         let limits = &self.app.service.config.limits;
         let patience = Duration::from_secs(limits.body_s);
-        let (value, _) = request::json(self.body, limits.json_bytes, patience).await?;
-        Ok((super::Caller { app: self.app, tenant: self.tenant }, value))
+        let (value, bytes) = request::json(self.body, limits.json_bytes, patience).await?;
+        Ok((super::Caller { app: self.app, tenant: self.tenant }, value, bytes))
+    }
+
+    /// What the client calls this request, so that it may send it again.
+    pub(crate) fn idempotency_key(&self) -> Result<Option<String>, ApiError> {
+        let Some(value) = self.parts.headers.get("idempotency-key") else { return Ok(None) };
+        let key = value.to_str().ok().filter(|key| (1..=KEY_MAX_BYTES).contains(&key.len()));
+        let key = key.ok_or_else(|| {
+            ApiError::bad(format!("Idempotency-Key: must be 1 to {KEY_MAX_BYTES} visible characters"))
+        })?;
+        Ok(Some(key.to_owned()))
     }
 
     pub(crate) fn sandbox(&self, id: &str) -> Result<Rc<Sandbox>, ApiError> {
@@ -40,7 +59,8 @@ impl Asked {
 }
 
 pub(crate) async fn create(asked: Asked) -> Answer {
-    let (caller, body) = asked.json::<CreateBody>().await?;
+    let (key, app, asker) = (asked.idempotency_key()?, Rc::clone(&asked.app), Rc::clone(&asked.tenant));
+    let (caller, body, bytes) = asked.json_and_bytes::<CreateBody>().await?;
     let request = CreateRequest {
         image: body.image,
         vcpus: body.vcpus,
@@ -52,13 +72,17 @@ pub(crate) async fn create(asked: Asked) -> Answer {
     };
     let (service, tenant) = (Rc::clone(&caller.app.service), caller.tenant);
     let region = service.config.region.clone();
-    let sandbox = whole(async move {
+    let making = whole(async move {
         let result = service.create(&tenant, &request).await;
         let undo = result.as_ref().ok().map(|sandbox| (Rc::clone(&service), Rc::clone(sandbox)));
         (result, undo)
-    })
-    .await?;
-    Ok(json_with(StatusCode::CREATED, &Run::of(&sandbox, &region)))
+    });
+    let making = async {
+        let sandbox = making.await?;
+        app.metrics.borrow_mut().created(sandbox.create.get());
+        Ok(json_with(StatusCode::CREATED, &Run::of(&sandbox, &region)))
+    };
+    app.once(&asker, key, "create", &bytes, making).await
 }
 
 /// Does what must not stop half-way when the client goes; what it made for a client that has gone is ended.

@@ -1,8 +1,10 @@
 //! What requests and answers look like in JSON. Unknown fields are ignored, on purpose: clients are older and
 //! newer than this.
 
-use crate::registry::RunRow;
-use crate::service::{Sandbox, millis};
+use crate::conversation::{Ended, Input};
+use crate::pool::Percentiles;
+use crate::registry::{RunRow, SnapshotRow};
+use crate::service::{PoolView, Sandbox, ShellReply, millis};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -283,4 +285,333 @@ pub(crate) struct UsageAnswer {
 /// RFC 3339, in UTC.
 pub(crate) fn time(us: i64) -> String {
     Timestamp::from_microsecond(us).unwrap_or_default().to_string()
+}
+
+/// `POST .../files/upload`.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Written {
+    /// As it was named.
+    pub(crate) path: String,
+    /// How much was sent.
+    pub(crate) size_bytes: u64,
+}
+
+/// `GET .../files`.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Listing {
+    /// Names, sorted.
+    pub(crate) entries: Vec<String>,
+    /// What they are, in the same order.
+    pub(crate) details: Vec<FileDetails>,
+}
+
+/// A file.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct FileDetails {
+    /// Its name.
+    pub(crate) name: String,
+    /// `file`, `directory`, `symlink` or `other`.
+    #[serde(rename = "type")]
+    pub(crate) kind: String,
+    /// Its length.
+    pub(crate) size: u64,
+    /// Permissions, in octal.
+    pub(crate) mode: String,
+    /// Last change.
+    pub(crate) mtime: String,
+}
+
+/// `POST .../snapshot`.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct SnapshotMade {
+    /// Its name.
+    pub(crate) snapshot_id: String,
+    /// Of which sandbox.
+    pub(crate) run_id: String,
+    /// What it takes of the disk.
+    pub(crate) size_bytes: u64,
+    /// When.
+    pub(crate) created_at: String,
+}
+
+impl From<SnapshotRow> for SnapshotMade {
+    fn from(row: SnapshotRow) -> Self {
+        let created_at = time(row.created_us);
+        Self { snapshot_id: row.id, run_id: row.run_id, size_bytes: row.size_bytes, created_at }
+    }
+}
+
+/// `GET /v1/snapshots`.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Snapshots {
+    /// Newest first.
+    pub(crate) snapshots: Vec<Snapshot>,
+}
+
+/// A snapshot.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Snapshot {
+    /// Its name.
+    pub(crate) id: String,
+    /// Of which sandbox.
+    pub(crate) run_id: String,
+    /// What it takes of the disk.
+    pub(crate) size_bytes: u64,
+    /// When.
+    pub(crate) created_at: String,
+}
+
+impl From<SnapshotRow> for Snapshot {
+    fn from(row: SnapshotRow) -> Self {
+        let created_at = time(row.created_us);
+        Self { id: row.id, run_id: row.run_id, size_bytes: row.size_bytes, created_at }
+    }
+}
+
+/// `DELETE /v1/snapshots/{id}` and of pools.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Deleted {
+    /// `deleted`.
+    pub(crate) status: String,
+    /// What.
+    pub(crate) id: String,
+}
+
+/// `POST /v1/runs/restore`.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct RestoreBody {
+    /// Which.
+    #[serde(alias = "snapshotId", alias = "id")]
+    pub(crate) snapshot_id: Option<String>,
+}
+
+/// `POST /v1/runs/{id}/fork`.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct ForkBody {
+    /// How many; 1 if it is not said.
+    pub(crate) count: Option<usize>,
+}
+
+/// The children.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Forks {
+    /// In no order that means anything.
+    pub(crate) forks: Vec<Run>,
+}
+
+/// The data of a server-sent event.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub(crate) struct StreamData {
+    /// Rises by one from event to event.
+    pub(crate) seq: u64,
+    /// Output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) data: Option<String>,
+    /// Output that is not UTF-8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) data_base64: Option<String>,
+    /// Of `exit`: as a shell gives it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) exit_code: Option<u8>,
+    /// Of `exit`: from the request to the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) duration_ms: Option<f64>,
+    /// Of `error`: for programs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) code: Option<String>,
+    /// Of `error`: for people.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
+}
+
+/// A text frame of a terminal's client: `{"type":"resize","rows":24,"cols":80}`, or `{"resize":{...}}`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged)]
+pub(crate) enum TerminalControl {
+    /// By type.
+    Tagged {
+        /// `resize`, `input` or `signal`.
+        #[serde(rename = "type")]
+        kind: String,
+        /// Lines.
+        rows: Option<u16>,
+        /// Characters in a line.
+        cols: Option<u16>,
+        /// What is typed.
+        data: Option<String>,
+    },
+    /// By name.
+    Named {
+        /// The new size.
+        resize: TerminalSize,
+    },
+}
+
+/// The size of a terminal.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct TerminalSize {
+    /// Lines.
+    pub(crate) rows: u16,
+    /// Characters in a line.
+    pub(crate) cols: u16,
+}
+
+impl TerminalControl {
+    pub(crate) async fn apply(&self, input: &Input) -> Result<(), Ended> {
+        match self {
+            Self::Named { resize } => input.resize(resize.rows, resize.cols),
+            Self::Tagged { kind, rows: Some(rows), cols: Some(cols), .. } if kind == "resize" => {
+                input.resize(*rows, *cols)
+            }
+            Self::Tagged { kind, data: Some(data), .. } if kind == "input" => {
+                input.write(data.as_bytes()).await
+            }
+            // A newer client's.
+            Self::Tagged { .. } => Ok(()),
+        }
+    }
+}
+
+/// What a shell session is asked.
+#[derive(Debug, Deserialize, ToSchema)]
+pub(crate) struct ShellAsk {
+    /// The command.
+    #[serde(alias = "command", alias = "cmd")]
+    pub(crate) run: String,
+    /// Comes back with the answer.
+    #[schema(value_type = Option<Object>)]
+    pub(crate) id: Option<serde_json::Value>,
+}
+
+/// What a shell session answers.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub(crate) struct ShellAnswer {
+    /// The question's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    pub(crate) id: Option<serde_json::Value>,
+    /// What the command wrote.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) stdout: Option<String>,
+    /// What it wrote to standard error.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) stderr: Option<String>,
+    /// As bash gives it; of the bash itself, if the command ended it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) exit_code: Option<u8>,
+    /// There was more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) truncated: Option<bool>,
+    /// Why there is nothing of this.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
+}
+
+impl ShellAnswer {
+    pub(crate) fn error(why: &str) -> Self {
+        Self { error: Some(why.to_owned()), ..Self::default() }
+    }
+}
+
+impl From<ShellReply> for ShellAnswer {
+    fn from(reply: ShellReply) -> Self {
+        let text = |bytes: Vec<u8>| Some(String::from_utf8_lossy(&bytes).into_owned());
+        Self {
+            stdout: text(reply.stdout),
+            stderr: text(reply.stderr),
+            exit_code: Some(reply.exit_code),
+            truncated: reply.truncated.then_some(true),
+            ..Self::default()
+        }
+    }
+}
+
+/// `POST` and `PATCH /v1/pools`.
+#[derive(Debug, Default, Deserialize, ToSchema)]
+#[serde(default)]
+pub(crate) struct PoolBody {
+    /// Image.
+    pub(crate) image: Option<String>,
+    /// Virtual CPUs.
+    pub(crate) vcpus: Option<u32>,
+    /// Memory.
+    pub(crate) mem_mib: Option<u64>,
+    /// Workers kept whatever the demand; the same as `min`.
+    pub(crate) target: Option<usize>,
+    /// Workers kept whatever the demand.
+    pub(crate) min: Option<usize>,
+    /// Workers that demand may raise it to.
+    pub(crate) max: Option<usize>,
+    /// Refill in the long run.
+    pub(crate) refill_per_s: Option<f64>,
+}
+
+/// `GET /v1/pools`.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Pools {
+    /// By name.
+    pub(crate) pools: Vec<PoolAnswer>,
+}
+
+/// A pool.
+#[derive(Debug, Default, Serialize, ToSchema)]
+pub(crate) struct PoolAnswer {
+    /// Its name.
+    pub(crate) id: String,
+    /// Image.
+    pub(crate) image: String,
+    /// Virtual CPUs.
+    pub(crate) vcpus: u32,
+    /// Memory.
+    pub(crate) mem_mib: u64,
+    /// Idle workers that demand asks for now.
+    pub(crate) target: usize,
+    /// Workers kept whatever the demand.
+    pub(crate) min: usize,
+    /// Workers that demand may raise it to.
+    pub(crate) max: usize,
+    /// Refill in the long run.
+    pub(crate) refill_per_s: f64,
+    /// Idle workers.
+    pub(crate) ready: usize,
+    /// Workers being built.
+    pub(crate) making: usize,
+    /// Checkouts answered at once.
+    pub(crate) hits: u64,
+    /// Checkouts that had to wait.
+    pub(crate) misses: u64,
+    /// Hits of all checkouts, 0 to 1.
+    pub(crate) hit_rate: f64,
+    /// From asking for a worker to having it.
+    pub(crate) checkout_us: Percentiles,
+    /// Why there are none.
+    pub(crate) error: Option<String>,
+}
+
+impl From<PoolView> for PoolAnswer {
+    fn from(view: PoolView) -> Self {
+        let spec = view.spec;
+        let (counts, checkout_us) =
+            view.stats.map(|stats| (stats.counts, stats.checkout_us)).unwrap_or_default();
+        let all = counts.hits + counts.misses;
+        #[allow(clippy::cast_precision_loss)]
+        let hit_rate = if all == 0 { 0.0 } else { counts.hits as f64 / all as f64 };
+        Self {
+            id: view.id,
+            image: spec.image,
+            vcpus: spec.vcpus,
+            mem_mib: spec.mem_mib,
+            target: counts.target,
+            min: spec.min,
+            max: spec.max,
+            refill_per_s: spec.refill_per_s,
+            ready: counts.ready + counts.parked,
+            making: counts.in_flight,
+            hits: counts.hits,
+            misses: counts.misses,
+            hit_rate,
+            checkout_us,
+            error: view.error.or(counts.broken.map(|cause| cause.to_string())),
+        }
+    }
 }

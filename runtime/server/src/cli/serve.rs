@@ -22,9 +22,6 @@ pub(crate) struct ServeArgs {
     /// Address to listen on [default: 127.0.0.1:8700]
     #[arg(long, value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
-    /// Where what must not be forgotten is kept [default: the XDG state directory]
-    #[arg(long, value_name = "DIR")]
-    state: Option<PathBuf>,
     /// Make an API key for this run and print it with the variables that clients read
     #[arg(long)]
     dev: bool,
@@ -45,13 +42,12 @@ fn alias(text: &str) -> Result<(String, String), String> {
 }
 
 /// Does the verb.
-pub(crate) fn serve(args: &ServeArgs, cache: Option<PathBuf>) -> Result<u8, CliError> {
+pub(crate) fn serve(args: &ServeArgs, cache: Option<PathBuf>, state: PathBuf) -> Result<u8, CliError> {
     let config = config(args)?;
     log(args)?;
     peregrine_vmm::vm::open_kvm()?;
     let wanted = Wanted { cache, ..Wanted::default() };
     let artefacts = Artefacts::prepare(&wanted, progress::for_stderr().as_mut())?;
-    let state = config.state.clone().map_or_else(default_state, Ok)?;
     let program = std::env::current_exe().map_err(CliError::io("cannot name this program"))?;
     let (json, dev) = (args.json, args.dev);
     run(Start { config, state, artefacts, program, dev }, |address, key| ready(address, key, json))?;
@@ -64,7 +60,6 @@ fn config(args: &ServeArgs) -> Result<Config, CliError> {
         None => Config::default(),
     };
     config.listen = args.listen.unwrap_or(config.listen);
-    config.state = args.state.clone().or(config.state);
     config.image_aliases.extend(args.image_alias.iter().cloned());
     config.check()?;
     Ok(config)
@@ -81,17 +76,6 @@ fn log(args: &ServeArgs) -> Result<(), CliError> {
     // Only the command's own tests could have set one already.
     let _ = if args.json { format.json().try_init() } else { format.with_ansi(terminal).try_init() };
     Ok(())
-}
-
-fn default_state() -> Result<PathBuf, CliError> {
-    let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state"));
-    let base = std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
-    let base = base.or_else(home).ok_or_else(|| CliError::Argument {
-        what: "--state",
-        given: String::new(),
-        limit: "must be given where there is no HOME",
-    })?;
-    Ok(base.join("peregrine"))
 }
 
 /// Says where it listens, on standard output: scripts wait for it.

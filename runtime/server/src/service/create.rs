@@ -10,7 +10,6 @@ use crate::pool::CheckedOut;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
 use peregrine_vmm::worker::Going;
-use prewarm::Policy;
 use serde_json::json;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -20,8 +19,6 @@ use std::time::{Duration, Instant};
 const ADOPT_TIMEOUT: Duration = Duration::from_secs(60);
 /// Longest environment, all variables together.
 const MOST_ENV_BYTES: usize = 32 * 1024;
-/// How long an idle worker of a template that nobody configured is kept.
-const IDLE_EXPIRY: Duration = Duration::from_secs(120);
 
 /// What is asked for; `None` is the configuration's default.
 #[derive(Debug, Clone, Default)]
@@ -72,13 +69,7 @@ impl Service {
         let spec = self.spec(request)?;
         self.admit(tenant, 1, &spec.shape)?;
         let _making = Making::new(&self.making);
-        let (template, new) = self.templates.get(&spec.shape).await?;
-        if new && self.pool.stats(Rc::clone(&template.key)).await.is_none() {
-            // On demand: nothing is kept for it before it is asked for.
-            let policy =
-                Policy { low: 0, high: 16, parked: 16, idle_expiry: IDLE_EXPIRY, ..Policy::default() };
-            self.pool.add(Rc::clone(&template.key), template.source.clone(), policy).await?;
-        }
+        let template = self.templates.get(&spec.shape, &self.pool).await?;
         let CheckedOut { shell, hit } = self.pool.checkout(Rc::clone(&template.key)).await?;
         let id = ids::run_id(self.config.node)?;
         let identity = identity(&id)?;
@@ -90,7 +81,7 @@ impl Service {
             "image": sandbox.spec.shape.image.name, "vcpus": sandbox.spec.shape.vcpus,
             "mem_mib": sandbox.spec.shape.mem_mib, "pool_hit": hit,
         });
-        self.publish(&sandbox, "sandbox.created", &data)?;
+        self.publish(&sandbox, "sandbox.created", data)?;
         Ok(sandbox)
     }
 
@@ -167,7 +158,7 @@ impl Service {
         self: &Rc<Self>,
         sandbox: &Rc<Sandbox>,
         event: &'static str,
-        data: &serde_json::Value,
+        data: serde_json::Value,
     ) -> Result<(), ServiceError> {
         self.journal.append(&sandbox.tenant, &sandbox.id, event, data)?;
         self.note(sandbox)?;

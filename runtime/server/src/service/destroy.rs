@@ -26,7 +26,7 @@ impl Service {
         }
         let usage = sandbox.meter.borrow_mut().stop();
         let data = json!({ "ran_ms": usage.ran.as_millis() as u64, "cpu_ms": usage.cpu.as_millis() as u64 });
-        if let Err(error) = self.journal.append(tenant, id, "sandbox.destroyed", &data) {
+        if let Err(error) = self.journal.append(tenant, id, "sandbox.destroyed", data) {
             if let Ok(running) = sandbox.running() {
                 sandbox.meter.borrow_mut().start(running.pid);
             }

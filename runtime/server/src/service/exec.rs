@@ -125,7 +125,7 @@ impl Service {
         }
         // The command itself may hold secrets: its program is enough to know.
         let data = json!({ "program": request.argv[0], "terminal": request.terminal.is_some() });
-        self.journal.append(&sandbox.tenant, &sandbox.id, "exec.start", &data)?;
+        self.journal.append(&sandbox.tenant, &sandbox.id, "exec.start", data)?;
         let bytes = |text: &String| text.clone().into_bytes();
         let env = sandbox.spec.env.iter().chain(&request.env).map(bytes);
         let command = Command {
@@ -141,7 +141,7 @@ impl Service {
     /// A command has ended; no code: it was killed for its time.
     pub(crate) fn exited(&self, sandbox: &Sandbox, code: Option<u8>) -> Result<(), ServiceError> {
         let data = json!({ "exit_code": code, "timed_out": code.is_none() });
-        self.journal.append(&sandbox.tenant, &sandbox.id, "exec.exit", &data)
+        self.journal.append(&sandbox.tenant, &sandbox.id, "exec.exit", data)
     }
 }
 

@@ -79,7 +79,7 @@ impl Service {
     /// What is wrong with it.
     pub async fn read_file(&self, sandbox: &Rc<Sandbox>, path: &str) -> Result<Reading, ServiceError> {
         let activity = sandbox.activity();
-        self.journal.append(&sandbox.tenant, &sandbox.id, "file.read", &json!({ "path": path }))?;
+        self.journal.append(&sandbox.tenant, &sandbox.id, "file.read", json!({ "path": path }))?;
         let Process { mut output, .. } = tool(sandbox, "read", path, false)?;
         let mut head = BytesMut::new();
         let opening = async {
@@ -106,7 +106,7 @@ impl Service {
     /// If the sandbox does not run, or the path cannot be.
     pub fn write_file(&self, sandbox: &Rc<Sandbox>, path: &str) -> Result<Writing, ServiceError> {
         let activity = sandbox.activity();
-        self.journal.append(&sandbox.tenant, &sandbox.id, "file.written", &json!({ "path": path }))?;
+        self.journal.append(&sandbox.tenant, &sandbox.id, "file.written", json!({ "path": path }))?;
         let Process { input, output } = tool(sandbox, "write", path, true)?;
         let (path, id) = (path.to_owned(), Rc::clone(&sandbox.id));
         Ok(Writing { input, output, path, id, _activity: activity })
@@ -118,7 +118,7 @@ impl Service {
     /// What is wrong with it.
     pub async fn list_files(&self, sandbox: &Rc<Sandbox>, path: &str) -> Result<Vec<DirEntry>, ServiceError> {
         let _activity = sandbox.activity();
-        self.journal.append(&sandbox.tenant, &sandbox.id, "file.listed", &json!({ "path": path }))?;
+        self.journal.append(&sandbox.tenant, &sandbox.id, "file.listed", json!({ "path": path }))?;
         let Process { mut output, .. } = tool(sandbox, "list", path, false)?;
         let mut listing = BytesMut::new();
         let reading = async {

@@ -50,7 +50,7 @@ impl Service {
         }
         for child in &made {
             let data = json!({ "parent": &*sandbox.id });
-            if let Err(error) = self.publish(child, "sandbox.forked", &data) {
+            if let Err(error) = self.publish(child, "sandbox.forked", data) {
                 for known in &made {
                     let _ = self.destroy(&known.tenant, &known.id).await;
                 }

@@ -25,7 +25,7 @@ impl Service {
         let name = format!("{}-{}", sandbox.id, ids::random_digits(8)?);
         let dir = self.state.join("hibernated").join(name);
         save(&running, &dir, After::StandStill).await.map_err(|ended| gone(sandbox, ended))??;
-        let logged = self.journal.append(&sandbox.tenant, &sandbox.id, "sandbox.hibernated", &json!({}));
+        let logged = self.journal.append(&sandbox.tenant, &sandbox.id, "sandbox.hibernated", json!({}));
         if let Err(error) = logged {
             remove_dir(dir);
             return Err(error);
@@ -56,7 +56,7 @@ impl Service {
         };
         self.admit(&sandbox.tenant, 1, &sandbox.spec.shape)?;
         let (going, pid) = self.wake(&sandbox.spec.shape, &dir, &sandbox.id).await?;
-        self.journal.append(&sandbox.tenant, &sandbox.id, "sandbox.resumed", &json!({}))?;
+        self.journal.append(&sandbox.tenant, &sandbox.id, "sandbox.resumed", json!({}))?;
         sandbox.runs(begin_conversation(going, pid)?);
         self.note(sandbox)?;
         self.watch(sandbox);

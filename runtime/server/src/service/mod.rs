@@ -18,6 +18,7 @@ mod hibernate;
 mod ids;
 mod journal;
 mod meter;
+mod pools;
 mod sandbox;
 mod shell;
 mod snapshot;
@@ -31,8 +32,9 @@ pub use error::{FileProblem, ServiceError};
 pub use exec::{ExecRequest, Finished};
 pub use files::{DirEntry, FileStat, Reading, Writing};
 pub use ids::random_digits;
-pub use journal::Journal;
+pub(crate) use journal::Journal;
 pub use meter::Usage;
+pub use pools::PoolView;
 pub use sandbox::{Activity, Running, Sandbox, Spec, State, Tenant, millis};
 pub use shell::{ShellReply, ShellSession};
 pub use stream::{Stream, StreamEvent};
@@ -44,13 +46,15 @@ use crate::executor;
 use crate::pool::{Pool, PoolError};
 use crate::registry::{Registry, RegistryError};
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 use templates::Templates;
 
+/// How often the audit log is signed and made durable.
+const SEAL_EVERY: Duration = Duration::from_secs(5);
 /// How often idle sandboxes are looked for.
 const SWEEP: Duration = Duration::from_millis(500);
 
@@ -86,6 +90,7 @@ pub struct Service {
     pub(crate) journal: Journal,
     templates: Templates,
     streams: stream::Streams,
+    pools: RefCell<BTreeMap<String, pools::Kept>>,
     sandboxes: RefCell<HashMap<Rc<str>, Rc<Sandbox>>>,
     /// Sandboxes that are being made: they count against the limits.
     making: Cell<usize>,
@@ -121,9 +126,10 @@ impl Service {
             pool: Pool::start(limits, program.clone())?,
             program,
             registry: Registry::open(&state.join("registry.db"))?,
-            journal: Journal::default(),
+            journal: Journal::open(&state.join("audit")).map_err(failed)?,
             templates: Templates::new(artefacts),
             streams: stream::Streams::default(),
+            pools: RefCell::default(),
             sandboxes: RefCell::default(),
             making: Cell::new(0),
             state: state.to_owned(),
@@ -136,6 +142,14 @@ impl Service {
                 tokio::time::sleep(SWEEP).await;
                 let Some(service) = sweeping.upgrade() else { return };
                 service.end_idle();
+            }
+        });
+        let sealing = Rc::downgrade(&service);
+        executor::spawn(async move {
+            loop {
+                tokio::time::sleep(SEAL_EVERY).await;
+                let Some(service) = sealing.upgrade() else { return };
+                executor::blocking(service.journal.seal()).await;
             }
         });
         Ok(service)
@@ -158,6 +172,14 @@ impl Service {
         let mut theirs: Vec<_> = all.values().filter(|s| &*s.tenant == tenant).cloned().collect();
         theirs.sort_by_key(|sandbox| sandbox.created);
         theirs
+    }
+
+    /// How many sandboxes there are, of all tenants, by state.
+    #[must_use]
+    pub fn count_by_state(&self) -> [(&'static str, usize); 3] {
+        let all = self.sandboxes.borrow();
+        ["running", "hibernated", "lost"]
+            .map(|state| (state, all.values().filter(|sandbox| sandbox.status() == state).count()))
     }
 
     /// Sets the idleness after which a sandbox ends.
@@ -213,5 +235,6 @@ impl Service {
             }
         }
         self.pool.drain().await;
+        executor::blocking(self.journal.seal()).await;
     }
 }

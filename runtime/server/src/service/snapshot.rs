@@ -51,7 +51,7 @@ impl Service {
         };
         let written = self
             .journal
-            .append(&sandbox.tenant, &sandbox.id, "snapshot.created", &json!({ "snapshot_id": id }))
+            .append(&sandbox.tenant, &sandbox.id, "snapshot.created", json!({ "snapshot_id": id }))
             .and_then(|()| Ok(self.registry.put_snapshot(&row)?));
         if let Err(error) = written {
             remove_dir(dir);
@@ -74,7 +74,7 @@ impl Service {
     /// If there is none of this name that is theirs.
     pub fn delete_snapshot(&self, tenant: &str, id: &str) -> Result<(), ServiceError> {
         let row = self.stored(tenant, id)?;
-        self.journal.append(tenant, &row.run_id, "snapshot.deleted", &json!({ "snapshot_id": id }))?;
+        self.journal.append(tenant, &row.run_id, "snapshot.deleted", json!({ "snapshot_id": id }))?;
         self.registry.remove_snapshot(tenant, id)?;
         remove_dir(row.dir);
         Ok(())
@@ -101,7 +101,7 @@ impl Service {
         let (going, pid) = self.wake(&spec.shape, &row.dir, &id).await?;
         let sandbox = self.settle(&id, tenant, spec, going, pid)?;
         sandbox.create.set(begun.elapsed());
-        self.publish(&sandbox, "sandbox.restored", &json!({ "snapshot_id": row.id }))?;
+        self.publish(&sandbox, "sandbox.restored", json!({ "snapshot_id": row.id }))?;
         Ok(sandbox)
     }
 

@@ -4,14 +4,19 @@ use super::ServiceError;
 use crate::artefacts::Artefacts;
 use crate::executor;
 use crate::images::Image;
-use crate::pool::{Source, TemplateKey};
+use crate::pool::{Pool, Source, TemplateKey};
 use crate::template;
 use peregrine_image::Lines;
 use peregrine_vmm::{DiskConfig, VmConfig};
+use prewarm::Policy;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::rc::Rc;
+use std::time::Duration;
 use tokio::sync::OnceCell;
+
+/// How long an idle worker of a template that nobody configured is kept.
+const IDLE_EXPIRY: Duration = Duration::from_secs(120);
 
 /// What chooses a template.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -60,20 +65,23 @@ impl Templates {
         paths.map(|path| DiskConfig { path: path.clone(), read_only: true }).to_vec()
     }
 
-    /// The template of this shape, made now if it must be; the flag says that it is new to this daemon.
+    /// The template of this shape, made now if it must be, and known to the pool.
     ///
     /// # Errors
     /// Why it cannot be made. The next one to ask tries again.
-    pub(super) async fn get(&self, shape: &Shape) -> Result<(Rc<Template>, bool), ServiceError> {
+    pub(super) async fn get(&self, shape: &Shape, pool: &Pool) -> Result<Rc<Template>, ServiceError> {
         let cell = Rc::clone(self.made.borrow_mut().entry(shape.clone()).or_default());
-        let mut new = false;
-        let template = cell
-            .get_or_try_init(|| {
-                new = true;
-                self.prepare(shape)
-            })
-            .await?;
-        Ok((Rc::clone(template), new))
+        let make = || async {
+            let template = self.prepare(shape).await?;
+            pool.add(Rc::clone(&template.key), template.source.clone(), on_demand()).await?;
+            Ok::<_, ServiceError>(template)
+        };
+        cell.get_or_try_init(make).await.cloned()
+    }
+
+    /// The template of this shape, if it is there.
+    pub(super) fn made(&self, shape: &Shape) -> Option<Rc<Template>> {
+        self.made.borrow().get(shape)?.get().cloned()
     }
 
     async fn prepare(&self, shape: &Shape) -> Result<Rc<Template>, ServiceError> {
@@ -95,4 +103,9 @@ impl Templates {
         .await?;
         Ok(Rc::new(Template { key: key.as_str().into(), source: Source { dir, disks } }))
     }
+}
+
+/// Of a template that nobody configured nothing is kept before it is asked for.
+pub(super) fn on_demand() -> Policy {
+    Policy { low: 0, high: 16, parked: 16, idle_expiry: IDLE_EXPIRY, ..Policy::default() }
 }

@@ -17,6 +17,17 @@ impl Service {
         Ok(self.registry.history(tenant, after, limit)?)
     }
 
+    /// Whether there is, or was, such a sandbox of this tenant.
+    ///
+    /// # Errors
+    /// If not.
+    pub fn known(&self, tenant: &str, id: &str) -> Result<(), ServiceError> {
+        if self.sandbox(tenant, id).is_ok() || self.registry.run(tenant, id)?.is_some() {
+            return Ok(());
+        }
+        Err(ServiceError::no_sandbox(id))
+    }
+
     /// Sums over the sandboxes that are there, and over those that were.
     ///
     /// # Errors
