@@ -5,5 +5,6 @@
 pub mod boot;
 pub mod clone;
 pub mod guest;
+pub mod http;
 pub mod machine;
 pub mod record;

@@ -68,8 +68,31 @@ impl Daemon {
 
     /// Where it keeps things.
     #[must_use]
-    pub fn home(&self) -> &Path {
-        self.state.path()
+    pub fn state(&self) -> PathBuf {
+        self.state.path().join("state")
+    }
+
+    /// The processes that are its children: workers.
+    ///
+    /// # Panics
+    /// If `/proc` cannot be read.
+    #[must_use]
+    pub fn workers(&self) -> Vec<u32> {
+        let all = std::fs::read_dir("/proc").unwrap_or_else(|e| panic!("{e}"));
+        let pids = all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
+        let parent = |pid: &u32| {
+            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+            stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse::<u32>().ok()
+        };
+        pids.filter(|pid| parent(pid) == Some(self.pid())).collect()
+    }
+
+    /// Ends it as a service is ended, and waits; its state stays.
+    #[must_use]
+    pub fn end(mut self) -> tempfile::TempDir {
+        let state = std::mem::replace(&mut self.state, empty());
+        drop(self);
+        state
     }
 
     /// Most memory it ever had resident, in bytes.
@@ -101,6 +124,9 @@ impl Daemon {
             .current_dir(&client)
             .env("ISORUN_API_URL", &self.url)
             .env("ISORUN_API_KEY", &self.key)
+            .env("PEREGRINE", peregrine())
+            .env("PEREGRINE_STATE", self.state())
+            .env("DAEMON_PID", self.pid().to_string())
             .output()
             .unwrap_or_else(|e| panic!("node: {e}"))
     }
@@ -113,8 +139,12 @@ impl Daemon {
     pub fn crash(mut self) -> tempfile::TempDir {
         self.child.kill().unwrap_or_else(|e| panic!("{e}"));
         let _ = self.child.wait();
-        std::mem::replace(&mut self.state, tempfile::tempdir().unwrap_or_else(|e| panic!("{e}")))
+        std::mem::replace(&mut self.state, empty())
     }
+}
+
+fn empty() -> tempfile::TempDir {
+    tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"))
 }
 
 impl Drop for Daemon {

@@ -19,7 +19,7 @@ struct Args {
     only: Vec<String>,
 }
 
-const SUITES: [&str; 7] = ["boot", "guest", "create", "exec", "fork", "hibernate", "density"];
+const SUITES: [&str; 8] = ["boot", "guest", "create", "exec", "fork", "hibernate", "density", "http"];
 
 fn run(suite: &str, artefacts: &Artefacts, quick: bool) -> Result<Vec<Recorder>, Box<dyn Error>> {
     let of = |few, many| if quick { few } else { many };
@@ -33,6 +33,7 @@ fn run(suite: &str, artefacts: &Artefacts, quick: bool) -> Result<Vec<Recorder>,
         "exec" => bench::clone::exec(artefacts, of(10, 100)),
         "fork" => bench::clone::fork(artefacts, of(100, 1000), sizes(&[0, 16], &[0, 4, 16, 64])),
         "hibernate" => bench::clone::hibernate(artefacts, of(20, 200), sizes(&[0, 16], &[0, 4, 16, 64])),
+        "http" => bench::http::suite(artefacts.store.root(), of(200, 2000)),
         _ => bench::clone::density(artefacts, of(50, 200)),
     }
 }

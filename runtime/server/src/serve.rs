@@ -68,7 +68,18 @@ pub fn run(start: Start, ready: impl FnOnce(SocketAddr, Option<&str>)) -> Result
     executor::run(serve(start, ready)).map_err(failed("cannot start the runtime (io_uring)"))?
 }
 
+/// As many descriptors as the host lets this process have: one for each connection, three for each sandbox.
+fn more_descriptors() {
+    use rustix::process::{Resource, getrlimit, setrlimit};
+    let mut limit = getrlimit(Resource::Nofile);
+    limit.current = limit.maximum;
+    if let Err(error) = setrlimit(Resource::Nofile, limit) {
+        tracing::warn!(%error, "the number of open files stays as it is");
+    }
+}
+
 async fn serve(start: Start, ready: impl FnOnce(SocketAddr, Option<&str>)) -> Result<(), ServeError> {
+    more_descriptors();
     let address = start.config.listen;
     let listen = |source| ServeError::Listen { address, source };
     let listener = TcpListener::bind(address).await.map_err(listen)?;

@@ -25,10 +25,10 @@ pub(crate) struct ApiError {
 }
 
 macro_rules! codes {
-    ($($(#[$doc:meta])* $variant:ident = $name:literal, $status:ident;)*) => {
+    ($(#[doc = $doc:literal] $variant:ident = $name:literal, $status:ident;)*) => {
         /// What an error is called, one name for each cause.
         #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-        pub enum Code { $($(#[$doc])* $variant),* }
+        pub enum Code { $(#[doc = $doc] $variant),* }
 
         impl Code {
             /// Every one there is.
@@ -38,6 +38,12 @@ macro_rules! codes {
             #[must_use]
             pub fn name(self) -> &'static str {
                 match self { $(Self::$variant => $name),* }
+            }
+
+            /// What leads to it.
+            #[must_use]
+            pub fn cause(self) -> &'static str {
+                match self { $(Self::$variant => $doc.trim_ascii()),* }
             }
 
             /// The answer's status.
@@ -76,6 +82,8 @@ codes! {
     WrongState = "wrong_state", CONFLICT;
     /// The sandbox has ended by itself.
     Lost = "sandbox_lost", CONFLICT;
+    /// The snapshot is damaged, or was made on another kind of host.
+    SnapshotRefused = "snapshot_refused", CONFLICT;
     /// The key of an earlier, other request.
     KeyReused = "idempotency_key_reused", CONFLICT;
     /// More than a body may be.
@@ -147,10 +155,12 @@ impl From<ServiceError> for ApiError {
             ServiceError::File { why: FileProblem::Missing, .. } => Code::NoFile,
             ServiceError::File { .. } => Code::BadFile,
             ServiceError::Lost { .. } => Code::Lost,
+            ServiceError::SnapshotRefused(_) => Code::SnapshotRefused,
             ServiceError::Capacity { .. } => Code::Capacity,
             ServiceError::Unavailable { .. } => Code::Unavailable,
             ServiceError::Timeout { .. } => Code::Timeout,
             ServiceError::NoSpace { .. } => Code::NoSpace,
+            ServiceError::PortClosed { .. } => Code::NoPort,
             ServiceError::KeyReused => Code::KeyReused,
             ServiceError::Audit(_) => Code::Audit,
             ServiceError::Internal(_) => Code::Internal,

@@ -26,6 +26,7 @@ pub(crate) async fn upload(mut asked: Asked, id: &str) -> Answer {
     while let Some(bytes) = request::portion(&mut asked.body, patience).await? {
         size_bytes += bytes.len() as u64;
         if !writing.write(&bytes).await? {
+            request::drain(&mut asked.body, usize::MAX, patience).await;
             break;
         }
     }

@@ -12,6 +12,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::registry::Registry;
 use std::collections::VecDeque;
+use std::rc::Rc;
 use std::time::Duration;
 
 /// Errors that are remembered for the status page.
@@ -44,6 +45,9 @@ struct OfPool {
 /// An error that was answered.
 #[derive(Debug, Clone, serde::Serialize)]
 pub(crate) struct RecentError {
+    /// Whose request it was.
+    #[serde(skip)]
+    pub(crate) tenant: Rc<str>,
     at: String,
     code: &'static str,
     error: String,
@@ -104,13 +108,13 @@ impl Metrics {
         self.requests.get_or_create(&Answered { method: method.to_owned(), status }).inc();
     }
 
-    pub(crate) fn refused(&mut self, code: Code, error: &str) {
+    pub(crate) fn refused(&mut self, tenant: Rc<str>, code: Code, error: &str) {
         self.errors.get_or_create(&Refused { code: code.name() }).inc();
         if self.recent.len() == RECENT_ERRORS {
             self.recent.pop_front();
         }
         let at = super::types::time(jiff::Timestamp::now().as_microsecond());
-        self.recent.push_back(RecentError { at, code: code.name(), error: error.to_owned() });
+        self.recent.push_back(RecentError { tenant, at, code: code.name(), error: error.to_owned() });
     }
 
     pub(crate) fn created(&mut self, took: Duration) {

@@ -11,7 +11,11 @@ mod error;
 mod files;
 mod metrics;
 mod once;
+mod openapi;
+mod pace;
+mod page;
 mod pools;
+mod proxy;
 mod rate;
 mod request;
 mod runs;
@@ -33,10 +37,12 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use pace::{Pace, Paced, lasting};
 use serde::Serialize;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -49,6 +55,7 @@ pub struct App {
     pub(crate) given: RefCell<once::Given>,
     pub(crate) metrics: RefCell<metrics::Metrics>,
     pub(crate) rates: RefCell<rate::Buckets>,
+    pub(crate) idle: RefCell<proxy::Idle>,
 }
 
 impl App {
@@ -61,6 +68,7 @@ impl App {
             given: RefCell::default(),
             metrics: RefCell::default(),
             rates: RefCell::default(),
+            idle: RefCell::default(),
         }
     }
 }
@@ -97,33 +105,43 @@ pub async fn serve(
 async fn connection(app: Rc<App>, stream: TcpStream, mut stop: watch::Receiver<bool>) {
     // Answers are small and waited for.
     let _ = stream.set_nodelay(true);
-    let idle = Duration::from_secs(app.service.config.limits.idle_s);
+    let limits = &app.service.config.limits;
+    let (idle, head) = (Duration::from_secs(limits.idle_s), Duration::from_secs(limits.head_s));
+    let pace = Arc::new(Pace::default());
+    let paced = Paced { stream, pace: Arc::clone(&pace) };
+    let of_handler = Arc::clone(&pace);
     let handler = service_fn(move |request| {
-        let app = Rc::clone(&app);
-        async move { Ok::<_, Infallible>(answer(&app, request).await) }
+        let (app, answering) = (Rc::clone(&app), of_handler.answering());
+        async move { Ok::<_, Infallible>(lasting(answer(&app, request).await, answering)) }
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(idle).max_buf_size(64 * 1024).pipeline_flush(true);
-    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(stream), handler).with_upgrades());
-    tokio::select! {
-        result = connection.as_mut() => {
-            if let Err(error) = result {
-                tracing::debug!(%error, "connection");
-            }
+    let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(paced), handler).with_upgrades());
+    let ended = tokio::select! {
+        result = connection.as_mut() => result,
+        () = pace.too_slow(head) => {
+            tracing::debug!(?head, "a client's head took too long");
+            return;
         }
         _ = stop.wait_for(|stop| *stop) => {
             connection.as_mut().graceful_shutdown();
-            let _ = connection.await;
+            connection.await
         }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "connection");
     }
 }
 
 async fn answer(app: &Rc<App>, request: Request<Incoming>) -> Response<Body> {
     let (parts, body) = request.into_parts();
     let (method, path) = (parts.method.clone(), parts.uri.path().to_owned());
-    let response = route(app, parts, body).await.unwrap_or_else(|error| {
+    // Known once the key is.
+    let asker = Cell::new(None);
+    let response = route(app, parts, body, &asker).await.unwrap_or_else(|error| {
         tracing::debug!(%method, path, code = error.code().name(), error = error.text(), "refused");
-        app.metrics.borrow_mut().refused(error.code(), error.text());
+        let tenant: Tenant = asker.take().unwrap_or_else(|| "".into());
+        app.metrics.borrow_mut().refused(tenant, error.code(), error.text());
         error.into_response()
     });
     app.metrics.borrow().answered(&method, response.status().as_u16());
@@ -162,22 +180,33 @@ pub(crate) struct Caller {
     pub(crate) tenant: Tenant,
 }
 
-async fn route(app: &Rc<App>, parts: Parts, body: Incoming) -> Answer {
+async fn route(app: &Rc<App>, parts: Parts, body: Incoming, asker: &Cell<Option<Tenant>>) -> Answer {
+    if let Some(target) = proxy::anonymous(&parts, &app.service.config.domain) {
+        let (id, port, path) = target?;
+        let sandbox = app.service.sandbox_of_port(&id)?;
+        return proxy::pass_on(app, &sandbox, port, &path, parts, body).await;
+    }
     let path = parts.uri.path().to_owned();
     let segments: Vec<&str> = path.split('/').skip(1).collect();
     match (&parts.method, segments.as_slice()) {
+        (&Method::GET, [""]) => return Ok(page::page()),
         (&Method::GET, ["healthz"]) => return Ok(json(&serde_json::json!({ "status": "ok" }))),
+        (&Method::GET, ["openapi.json"]) => return Ok(json(&openapi::document())),
         (&Method::GET, ["metrics"]) => return Ok(metrics::scrape(app).await),
         (_, ["v1", ..]) => {}
         _ => return Err(no_route(&parts)),
     }
     let tenant = tenant(app, &parts)?;
+    asker.set(Some(Rc::clone(&tenant)));
     let limits = &app.service.config.limits;
     let (per_s, burst) = (limits.requests_per_s, limits.request_burst);
     app.rates.borrow_mut().take(&tenant, per_s, burst, Instant::now())?;
     let method = parts.method.clone();
     let asked = Asked { app: Rc::clone(app), tenant, parts, body };
     let segments = &segments[1..];
+    if let ["runs", id, "proxy", port, ..] = segments {
+        return proxy::with_key(asked, id, port).await;
+    }
     match (method, segments) {
         (Method::POST, ["runs"]) => runs::create(asked).await,
         (Method::GET, ["runs"]) => Ok(runs::list(&asked)),
@@ -207,9 +236,27 @@ async fn route(app: &Rc<App>, parts: Parts, body: Incoming) -> Answer {
         (Method::GET, ["pools", id]) => pools::get(&asked, id).await,
         (Method::PATCH, ["pools", id]) => pools::change(asked, Some(id)).await,
         (Method::DELETE, ["pools", id]) => pools::remove(asked, Some(id)).await,
+        (Method::GET, ["status"]) => Ok(page::status(&asked)),
         (Method::GET, ["usage"]) => runs::usage(&asked),
         (Method::GET, ["network-profiles"]) => Ok(json(&asked.app.service.config.network_profiles)),
+        (method, segments) if is_route(segments) => {
+            let text = format!("{method} is not a method of {}", asked.parts.uri.path());
+            Err(ApiError::new(Code::Method, text))
+        }
         _ => Err(no_route(&asked.parts)),
+    }
+}
+
+/// Whether another method would be answered.
+fn is_route(segments: &[&str]) -> bool {
+    const OF_A_RUN: &[&str] =
+        &["exec", "terminal", "shell", "files", "snapshot", "fork", "hibernate", "resume", "audit"];
+    match segments {
+        ["runs" | "snapshots" | "usage" | "network-profiles" | "pools" | "status"] => true,
+        ["runs" | "snapshots" | "pools", _] => true,
+        ["runs", _, verb] => OF_A_RUN.contains(verb),
+        ["runs", _, "exec", "stream"] | ["runs", _, "files", "upload" | "download"] => true,
+        _ => false,
     }
 }
 

@@ -10,6 +10,9 @@ use serde::de::DeserializeOwned;
 use std::borrow::Cow;
 use std::time::Duration;
 
+/// How many times the bound is read from a client that sends more.
+const DRAINED: usize = 8;
+
 /// Deepest nesting of a JSON body is serde_json's (128): deeper is an error, not a stack overflow.
 ///
 /// A whole JSON body; an empty one is an empty object, whatever its content type.
@@ -20,6 +23,10 @@ pub(crate) async fn json<T: DeserializeOwned>(
 ) -> Result<(T, Bytes), ApiError> {
     let bytes = whole(body, most_bytes, patience).await?;
     let text: &[u8] = if bytes.is_empty() { b"{}" } else { &bytes };
+    // An array would be taken for the fields in their order.
+    if text.iter().find(|byte| !byte.is_ascii_whitespace()) != Some(&b'{') {
+        return Err(ApiError::bad("the body must be a JSON object"));
+    }
     let value = serde_json::from_slice(text)
         .map_err(|error| ApiError::bad(format!("the body is not the JSON that is meant: {error}")))?;
     Ok((value, bytes))
@@ -34,11 +41,22 @@ pub(crate) async fn whole(
     let mut all = BytesMut::new();
     while let Some(bytes) = portion(&mut body, patience).await? {
         if all.len() + bytes.len() > most_bytes {
+            drain(&mut body, DRAINED * most_bytes, patience).await;
             return Err(ApiError::new(Code::TooLarge, format!("the body is over {most_bytes} bytes")));
         }
         all.extend_from_slice(&bytes);
     }
     Ok(all.freeze())
+}
+
+/// Reads on without keeping anything: a client that is still sending would not see an answer.
+pub(crate) async fn drain(body: &mut Incoming, most_bytes: usize, patience: Duration) {
+    let mut drained = 0;
+    while let Ok(Some(bytes)) = portion(body, patience).await
+        && drained < most_bytes
+    {
+        drained += bytes.len();
+    }
 }
 
 /// The next bytes of a body; `None` at its end.

@@ -4,8 +4,8 @@ use super::body::Body;
 use super::error::ApiError;
 use super::once::KEY_MAX_BYTES;
 use super::types::{
-    CommandLine, CreateBody, DestroyedRun, ExecAnswer, ExecBody, History, Number, PatchBody, Run, Runs,
-    UsageAnswer, time,
+    CommandLine, CreateBody, DestroyedRun, ExecAnswer, ExecBody, History, IdleAction, Number, PatchBody, Run,
+    Runs, UsageAnswer, time,
 };
 use super::{Answer, Asked, json, json_with, request};
 use crate::executor;
@@ -68,6 +68,7 @@ pub(crate) async fn create(asked: Asked) -> Answer {
         disk_mib: body.disk_mib,
         timeout_s: number("timeout", body.timeout.as_ref())?,
         env: body.env.unwrap_or_default().into_iter().collect(),
+        sleeps_when_idle: body.idle_action == Some(IdleAction::Hibernate),
         network_profile: body.network_profile,
     };
     let (service, tenant) = (Rc::clone(&caller.app.service), caller.tenant);
@@ -111,7 +112,14 @@ pub(crate) fn list(asked: &Asked) -> Response<Body> {
 }
 
 pub(crate) fn get(asked: &Asked, id: &str) -> Answer {
-    Ok(json(&asked.run(&*asked.sandbox(id)?)))
+    let service = &asked.app.service;
+    match service.sandbox(&asked.tenant, id) {
+        Ok(sandbox) => Ok(json(&asked.run(&sandbox))),
+        Err(error) => match service.lost(&asked.tenant, id)? {
+            Some(row) => Ok(json(&Run::of_row(row, &service.config.region))),
+            None => Err(error.into()),
+        },
+    }
 }
 
 pub(crate) async fn patch(asked: Asked, id: &str) -> Answer {

@@ -29,6 +29,16 @@ impl Number {
     }
 }
 
+/// What happens to a sandbox that is idle for its timeout.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum IdleAction {
+    /// It ends.
+    Destroy,
+    /// It is put to disk.
+    Hibernate,
+}
+
 /// `POST /v1/runs`.
 #[derive(Debug, Default, Deserialize, ToSchema)]
 #[serde(default)]
@@ -47,6 +57,8 @@ pub(crate) struct CreateBody {
     /// Seconds of idleness after which it ends; 0 or -1 never.
     #[serde(alias = "timeoutSec", alias = "timeout_s")]
     pub(crate) timeout: Option<Number>,
+    /// What happens then: `destroy` or `hibernate`.
+    pub(crate) idle_action: Option<IdleAction>,
     /// Environment of every command.
     pub(crate) env: Option<BTreeMap<String, String>>,
     /// What it may reach. Without it nothing.
@@ -103,6 +115,24 @@ impl Run {
             create_ms: millis(sandbox.create.get()),
             created_at: time(sandbox.created.as_microsecond()),
             timeout: sandbox.timeout().map(|timeout| timeout.as_secs()),
+        }
+    }
+}
+
+impl Run {
+    pub(crate) fn of_row(row: RunRow, region: &str) -> Self {
+        Self {
+            id: row.id,
+            status: row.status,
+            reason: row.reason,
+            image: row.image,
+            region: region.to_owned(),
+            vcpus: row.vcpus,
+            mem_mib: row.mem_mib,
+            disk_mib: row.disk_mib,
+            create_ms: row.create_ms,
+            created_at: time(row.created_us),
+            timeout: row.timeout_s,
         }
     }
 }

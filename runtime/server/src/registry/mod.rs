@@ -197,6 +197,16 @@ impl Registry {
         texts.map(|text| Ok(serde_json::from_str(&text?)?)).collect()
     }
 
+    /// The ids of all snapshots, of all tenants: for the daemon's start.
+    ///
+    /// # Errors
+    /// If they cannot be read.
+    pub fn snapshot_ids(&self) -> Result<Vec<String>, RegistryError> {
+        let mut get = self.db.prepare_cached("SELECT id FROM snapshot")?;
+        let ids = get.query_map([], |row| row.get(0))?;
+        Ok(ids.collect::<Result<_, _>>()?)
+    }
+
     /// Forgets a snapshot. False: there was none.
     ///
     /// # Errors

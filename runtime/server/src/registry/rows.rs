@@ -27,6 +27,9 @@ pub struct RunRow {
     pub create_ms: f64,
     /// Seconds of idleness; `None` never ends it.
     pub timeout_s: Option<u64>,
+    /// Idle for its timeout, it hibernates and does not end.
+    #[serde(default)]
+    pub sleeps_when_idle: bool,
     /// Environment of its commands, `NAME=VALUE`.
     #[serde(default)]
     pub env: Vec<String>,

@@ -14,6 +14,7 @@ fn run(id: &str, tenant: &str, ended_us: Option<i64>) -> RunRow {
         disk_mib: 0,
         create_ms: 1.5,
         timeout_s: Some(300),
+        sleeps_when_idle: false,
         env: vec!["A=1".to_owned()],
         created_us: 5,
         ended_us,

@@ -1,7 +1,7 @@
 //! create: a clone of a template, from the pool or made now.
 
 use super::sandbox::{Running, Sandbox, Spec, State, Tenant};
-use super::templates::Shape;
+use super::templates::{Shape, Template};
 use super::{Service, ServiceError, Usage, ids};
 use crate::conversation::Conversation;
 use crate::executor;
@@ -9,7 +9,7 @@ use crate::images;
 use crate::pool::CheckedOut;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
-use peregrine_vmm::worker::Going;
+use peregrine_vmm::worker::{Going, WorkerError};
 use serde_json::json;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -17,6 +17,8 @@ use std::time::{Duration, Instant};
 
 /// A guest may take this long to accept its identity: it has nothing else to do.
 const ADOPT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Workers that a create may find dead before it gives up.
+const MOST_DEAD_WORKERS: usize = 32;
 /// Longest environment, all variables together.
 const MOST_ENV_BYTES: usize = 32 * 1024;
 
@@ -35,6 +37,8 @@ pub struct CreateRequest {
     pub timeout_s: Option<f64>,
     /// Environment of its commands.
     pub env: Vec<(String, String)>,
+    /// Idle for its timeout, it hibernates and does not end.
+    pub sleeps_when_idle: bool,
     /// A named network policy.
     pub network_profile: Option<String>,
 }
@@ -70,11 +74,8 @@ impl Service {
         self.admit(tenant, 1, &spec.shape)?;
         let _making = Making::new(&self.making);
         let template = self.templates.get(&spec.shape, &self.pool).await?;
-        let CheckedOut { shell, hit } = self.pool.checkout(Rc::clone(&template.key)).await?;
         let id = ids::run_id(self.config.node)?;
-        let identity = identity(&id)?;
-        let source = template.source.clone();
-        let (going, pid) = executor::blocking(move || shell.begin(&source, &identity)).await?;
+        let (going, pid, hit) = self.begin(&template, &identity(&id)?).await?;
         let sandbox = self.settle(&id, tenant, spec, going, pid)?;
         sandbox.create.set(begun.elapsed());
         let data = json!({
@@ -83,6 +84,27 @@ impl Service {
         });
         self.publish(&sandbox, "sandbox.created", data)?;
         Ok(sandbox)
+    }
+
+    /// Lets a guest go in a worker of the pool. One that has died there is noticed now, and another is taken.
+    async fn begin(
+        &self,
+        template: &Template,
+        identity: &Identity,
+    ) -> Result<(Going, u32, bool), ServiceError> {
+        let mut left = MOST_DEAD_WORKERS;
+        loop {
+            let CheckedOut { shell, hit } = self.pool.checkout(Rc::clone(&template.key)).await?;
+            let (source, identity) = (template.source.clone(), identity.clone());
+            match executor::blocking(move || shell.begin(&source, &identity)).await {
+                Ok((going, pid)) => return Ok((going, pid, hit)),
+                Err(WorkerError::Io(error)) if left > 0 => {
+                    tracing::warn!(%error, "a worker of the pool is gone");
+                    left -= 1;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
 
     /// What is asked for, with the defaults, if it can be.
@@ -113,6 +135,7 @@ impl Service {
             shape: Shape { image, vcpus, mem_mib },
             disk_mib: request.disk_mib.unwrap_or(defaults.disk_mib),
             timeout: idleness(timeout_s)?,
+            sleeps_when_idle: request.sleeps_when_idle,
             env: environment(&request.env)?,
         })
     }

@@ -47,7 +47,12 @@ impl Service {
     fn was_destroyed(&self, tenant: &str, id: &str) -> Result<Destroyed, ServiceError> {
         let row = self.registry.run(tenant, id)?;
         let row = row.filter(|row| row.ended_us.is_some()).ok_or_else(|| ServiceError::no_sandbox(id))?;
-        Ok(Destroyed { row: RunRow { status: "destroyed".to_owned(), ..row } })
+        let destroyed = RunRow { status: "destroyed".to_owned(), ..row };
+        if destroyed.reason.is_some() {
+            // It was lost; now its tenant has taken note.
+            self.registry.put_run(&RunRow { reason: None, ..destroyed.clone() })?;
+        }
+        Ok(Destroyed { row: destroyed })
     }
 
     /// The sandbox's worker `pid` has ended by itself.
@@ -59,8 +64,10 @@ impl Service {
         tracing::warn!(id = %sandbox.id, why, "a sandbox is lost");
         sandbox.meter.borrow_mut().stop();
         sandbox.state.replace(State::Lost(why.to_owned()));
-        if let Err(error) = self.note(sandbox) {
-            tracing::error!(id = %sandbox.id, %error, "a lost sandbox cannot be written down");
+        match self.note(sandbox) {
+            // From now on its row speaks for it.
+            Ok(()) => drop(self.sandboxes.borrow_mut().remove(&sandbox.id)),
+            Err(error) => tracing::error!(id = %sandbox.id, %error, "a lost sandbox cannot be written down"),
         }
     }
 }

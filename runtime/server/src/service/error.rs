@@ -52,6 +52,9 @@ pub enum ServiceError {
         /// Why.
         why: String,
     },
+    /// What was saved cannot be restored here.
+    #[error("the snapshot is refused: {0}")]
+    SnapshotRefused(String),
     /// As much as there may be.
     #[error("{what} are exhausted: {limit}")]
     Capacity {
@@ -77,6 +80,12 @@ pub enum ServiceError {
         what: &'static str,
         /// The limit.
         limit: Duration,
+    },
+    /// Nothing listens there.
+    #[error("nothing listens on port {port} of the sandbox")]
+    PortClosed {
+        /// Where.
+        port: u16,
     },
     /// The disk is full.
     #[error("no space left {place}")]

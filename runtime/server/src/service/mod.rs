@@ -19,6 +19,8 @@ mod ids;
 mod journal;
 mod meter;
 mod pools;
+mod port;
+mod recover;
 mod sandbox;
 mod shell;
 mod snapshot;
@@ -44,13 +46,13 @@ use crate::artefacts::Artefacts;
 use crate::config::Config;
 use crate::executor;
 use crate::pool::{Pool, PoolError};
-use crate::registry::{Registry, RegistryError};
+use crate::registry::{Registry, RegistryError, RunRow};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use templates::Templates;
 
 /// How often the audit log is signed and made durable.
@@ -136,12 +138,14 @@ impl Service {
             config,
             _lock: lock,
         });
+        service.recover()?;
         let sweeping = Rc::downgrade(&service);
         executor::spawn(async move {
             loop {
                 tokio::time::sleep(SWEEP).await;
                 let Some(service) = sweeping.upgrade() else { return };
                 service.end_idle();
+                service.note_some();
             }
         });
         let sealing = Rc::downgrade(&service);
@@ -160,9 +164,22 @@ impl Service {
     /// # Errors
     /// If there is none of this name that is theirs.
     pub fn sandbox(&self, tenant: &str, id: &str) -> Result<Rc<Sandbox>, ServiceError> {
-        let sandboxes = self.sandboxes.borrow();
-        let found = sandboxes.get(id).filter(|sandbox| &*sandbox.tenant == tenant);
-        found.cloned().ok_or_else(|| ServiceError::no_sandbox(id))
+        let found = self.sandboxes.borrow().get(id).filter(|sandbox| &*sandbox.tenant == tenant).cloned();
+        match found {
+            Some(sandbox) => Ok(sandbox),
+            None => Err(match self.lost(tenant, id)? {
+                Some(row) => ServiceError::Lost { id: id.to_owned(), why: row.reason.unwrap_or_default() },
+                None => ServiceError::no_sandbox(id),
+            }),
+        }
+    }
+
+    /// The row of a tenant's sandbox that has ended by itself and was not deleted since.
+    ///
+    /// # Errors
+    /// If the registry fails.
+    pub fn lost(&self, tenant: &str, id: &str) -> Result<Option<RunRow>, ServiceError> {
+        Ok(self.registry.run(tenant, id)?.filter(|row| row.status == "lost"))
     }
 
     /// A tenant's sandboxes, oldest first.
@@ -176,9 +193,9 @@ impl Service {
 
     /// How many sandboxes there are, of all tenants, by state.
     #[must_use]
-    pub fn count_by_state(&self) -> [(&'static str, usize); 3] {
+    pub fn count_by_state(&self) -> [(&'static str, usize); 2] {
         let all = self.sandboxes.borrow();
-        ["running", "hibernated", "lost"]
+        ["running", "hibernated"]
             .map(|state| (state, all.values().filter(|sandbox| sandbox.status() == state).count()))
     }
 
@@ -202,10 +219,11 @@ impl Service {
 
     /// Writes a sandbox's row as of now.
     fn note(&self, sandbox: &Sandbox) -> Result<(), ServiceError> {
+        sandbox.noted.set(Instant::now());
         Ok(self.registry.put_run(&self.row(sandbox))?)
     }
 
-    fn row(&self, sandbox: &Sandbox) -> crate::registry::RunRow {
+    fn row(&self, sandbox: &Sandbox) -> RunRow {
         let prices = self.config.prices;
         sandbox.row(|spec, ran| prices.cents(spec.shape.vcpus, spec.shape.mem_mib, ran))
     }
@@ -219,8 +237,13 @@ impl Service {
             let service = Rc::clone(self);
             executor::spawn(async move {
                 tracing::info!(id = %sandbox.id, "idle for its timeout");
-                if let Err(error) = service.destroy(&sandbox.tenant, &sandbox.id).await {
-                    tracing::warn!(id = %sandbox.id, %error, "an idle sandbox cannot be destroyed");
+                let ended = if sandbox.spec.sleeps_when_idle {
+                    service.hibernate(&sandbox).await
+                } else {
+                    service.destroy(&sandbox.tenant, &sandbox.id).await.map(drop)
+                };
+                if let Err(error) = ended {
+                    tracing::warn!(id = %sandbox.id, %error, "an idle sandbox cannot be ended");
                 }
             });
         }

@@ -37,6 +37,8 @@ pub struct Spec {
     pub disk_mib: u64,
     /// Idleness after which it ends; `None` never.
     pub timeout: Option<Duration>,
+    /// Idle for its timeout, it hibernates and does not end.
+    pub sleeps_when_idle: bool,
     /// Environment of its commands, `NAME=VALUE`.
     pub env: Vec<String>,
 }
@@ -112,6 +114,8 @@ pub struct Sandbox {
     pub(super) timeout: Cell<Option<Duration>>,
     pub(super) state: RefCell<State>,
     pub(super) meter: RefCell<Meter>,
+    /// When its row was written last.
+    pub(super) noted: Cell<Instant>,
     turn: Mutex<()>,
     idle_since: Cell<Instant>,
     busy: Cell<usize>,
@@ -139,6 +143,7 @@ impl Sandbox {
             created,
             state: RefCell::new(State::Ended),
             meter: RefCell::new(Meter::new(before)),
+            noted: Cell::new(Instant::now()),
             turn: Mutex::new(()),
             idle_since: Cell::new(Instant::now()),
             busy: Cell::new(0),
@@ -231,6 +236,7 @@ impl Sandbox {
             disk_mib: self.spec.disk_mib,
             create_ms: millis(self.create.get()),
             timeout_s: self.timeout.get().map(|timeout| timeout.as_secs()),
+            sleeps_when_idle: self.spec.sleeps_when_idle,
             env: self.spec.env.clone(),
             created_us: self.created.as_microsecond(),
             ended_us: ended.then(|| Timestamp::now().as_microsecond()),

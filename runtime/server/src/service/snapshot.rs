@@ -95,6 +95,7 @@ impl Service {
             shape,
             disk_mib: row.disk_mib,
             timeout: row.timeout_s.map(Duration::from_secs),
+            sleeps_when_idle: false,
             env: row.env,
         };
         let id = ids::run_id(self.config.node)?;
@@ -124,7 +125,10 @@ impl Service {
             verified.map_err(|error| WorkerError::Refused(error.to_string()))?;
             Shell::spawn(&program)?.begin(&source, &identity)
         };
-        Ok(executor::blocking(begin).await?)
+        executor::blocking(begin).await.map_err(|error| match error {
+            WorkerError::Refused(why) => ServiceError::SnapshotRefused(why),
+            other => other.into(),
+        })
     }
 }
 
