@@ -284,10 +284,22 @@ impl MicroVm {
         Ok(())
     }
 
-    /// When the guest made its first VM exit; waits for it, `timeout` at most.
+    /// When the guest made its first VM exit or, where [`MicroVm::go`] gave it a mailbox, the exit with which it
+    /// says that it has read that; waits for it, `timeout` at most.
     #[must_use]
-    pub fn wait_first_exit(&self, timeout: Duration) -> Option<Instant> {
-        self.shared.wait_first_exit(timeout)
+    pub fn wait_first_exit(&self, mailbox: bool, timeout: Duration) -> Option<Instant> {
+        self.shared.wait_first_exit(mailbox, timeout)
+    }
+
+    /// Lets a restored microVM that stands at its freeze point come as far as its look into the mailbox: KVM has built
+    /// what it needs to run it, and the pages that the guest then touches are its own. It stands still there until
+    /// [`MicroVm::go`]; only its first vCPU moved.
+    pub(crate) fn approach(&self) {
+        if self.is_at_gate() {
+            // The mailbox's first page becomes this guest's own now rather than then.
+            let _ = self.mem.write_slice(&[0], GuestAddress(layout::MAILBOX));
+            self.shared.approach();
+        }
     }
 
     /// Lets a restored microVM go.
@@ -373,7 +385,7 @@ impl MicroVm {
     /// The stages of its boot.
     #[must_use]
     pub fn stages(&self) -> Stages {
-        let (entered, first_exit) = (*lock(&self.shared.entered), *lock(&self.shared.first_exit));
+        let (entered, first_exit) = (*lock(&self.shared.entered), lock(&self.shared.firsts).exit);
         Stages { entered, first_exit, ..self.stages }
     }
 

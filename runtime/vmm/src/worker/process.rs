@@ -53,8 +53,11 @@ fn serve_with(control: OwnedFd, mut sandbox: Option<Sandbox>) -> ! {
         let answered = match (request, &mut sandbox) {
             (Request::Prepare { dir, disks }, slot @ None) => match prepare(&dir, &disks, decoded_ns) {
                 Ok((prepared, reply, connection)) => {
-                    *slot = Some(prepared);
-                    send(&control, &reply, &[connection.as_fd()])
+                    let prepared = slot.insert(prepared);
+                    let sent = send(&control, &reply, &[connection.as_fd()]);
+                    // Its owner knows; what is still to do need not be waited for.
+                    prepared.vm.approach();
+                    sent
                 }
                 Err(error) => send(&control, &Reply::Failed(error.to_string()), &[]),
             },
@@ -137,7 +140,7 @@ fn go(sandbox: &Sandbox, mailbox: &[u8], decoded_ns: u64) -> Reply {
     if let Err(error) = sandbox.vm.go(mailbox) {
         return Reply::Failed(error.to_string());
     }
-    let first = sandbox.vm.wait_first_exit(FIRST_EXIT_PATIENCE);
+    let first = sandbox.vm.wait_first_exit(!mailbox.is_empty(), FIRST_EXIT_PATIENCE);
     // Both clocks are the same; an `Instant` just does not say its number.
     let ago = |at: Instant| u64::try_from(at.elapsed().as_nanos()).unwrap_or(0);
     let first_exit_ns = first.map_or(0, |at| monotonic_ns() - ago(at));
