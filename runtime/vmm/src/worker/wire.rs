@@ -41,7 +41,7 @@ pub(crate) enum Request {
         agent: AgentState,
     },
     /// Save a snapshot of the running guest. A socket comes with the message, for the word that it is
-    /// durable.
+    /// durable; what else comes is held open until then.
     Snapshot {
         /// The snapshot's directory, which must not exist.
         dir: PathBuf,
@@ -84,6 +84,8 @@ pub(crate) enum Reply {
     },
     /// A snapshot is on disk, durable.
     Saved,
+    /// There is no space for the snapshot; the guest is as it was before.
+    NoSpace(String),
     /// See [`super::WorkerStats`].
     Stats(super::WorkerStats),
     /// It could not be done; the guest is as it was before.
