@@ -2,6 +2,8 @@
 //! moment the sandbox on disk is what it was before or what it is after, whole, and the guest goes on.
 #![allow(clippy::unwrap_used)]
 
+mod kill;
+
 use peregrine_vmm::snapshot::hibernated::{Status, status};
 use peregrine_vmm::snapshot::{Claim, SnapshotError, Stored};
 use peregrine_vmm::worker::Going;
