@@ -2,6 +2,7 @@
 //! moment the sandbox on disk is what it was before or what it is after, whole, and the guest goes on.
 #![allow(clippy::unwrap_used)]
 
+mod disk;
 mod kill;
 
 use peregrine_vmm::snapshot::hibernated::{Status, status};
