@@ -186,7 +186,9 @@ impl Worker {
     fn save(&self, agent: &Agent, dir: &Path, claim: Option<&Claim>) -> Result<Saved, WorkerError> {
         let (ours, theirs) = pair()?;
         let request = Request::Snapshot { dir: dir.to_owned(), agent: agent.own_state() };
-        let fds: Vec<_> = [theirs.as_fd()].into_iter().chain(claim.map(|claim| claim.as_fd())).collect();
+        // The socket last: a process that ends closes its files in order, and when its end is seen here the
+        // claim is this owner's alone.
+        let fds: Vec<_> = claim.map(|claim| claim.as_fd()).into_iter().chain([theirs.as_fd()]).collect();
         send(&self.control, &request, &fds)?;
         // The only other end is then the child's: if it dies, that is seen.
         drop(theirs);

@@ -202,10 +202,9 @@ fn save(
     dir: &Path,
     decoded_ns: u64,
 ) -> Result<Reply, VmmError> {
-    if held.is_empty() {
+    let Some(done) = held.pop() else {
         return Err(VmmError::Agent("a snapshot needs a socket".to_owned()));
-    }
-    let done = held.remove(0);
+    };
     split(sandbox, agent, decoded_ns, move |mem, machine| {
         // The claim on the place outlives its owner, or another one could come and be overtaken.
         let keep = held.iter().chain([&done]).map(|fd| fd.as_raw_fd()).chain([sandbox.base.as_raw_fd()]);
@@ -216,6 +215,8 @@ fn save(
             Err(error) if error.is_no_space() => Reply::NoSpace(error.to_string()),
             Err(error) => Reply::Failed(error.to_string()),
         };
+        // When the owner has the word, the claim is the owner's alone.
+        drop(held);
         // If the owner has gone, what is on disk is complete or absent all the same.
         let _ = send(&done, &reply, &[]);
     })

@@ -40,8 +40,8 @@ pub(crate) enum Request {
         /// The owner's part of the conversation with the agent.
         agent: AgentState,
     },
-    /// Save a snapshot of the running guest. A socket comes with the message, for the word that it is
-    /// durable; what else comes is held open until then.
+    /// Save a snapshot of the running guest. The last descriptor of the message is a socket for the word that
+    /// it is durable; those before it are held open until then.
     Snapshot {
         /// The snapshot's directory, which must not exist.
         dir: PathBuf,
