@@ -50,7 +50,13 @@ impl Strace {
         // At SIGTERM it detaches, which SIGKILL would leave to the kernel in the middle of a stop.
         kill("TERM", self.child.id());
         let _ = self.child.wait();
-        let log = fs::read_to_string(&self.log).unwrap_or_else(|e| panic!("{e}"));
+        self.seen()
+    }
+
+    /// What it has seen so far.
+    #[must_use]
+    pub fn seen(&self) -> Vec<(u32, String)> {
+        let log = fs::read_to_string(&self.log).unwrap_or_default();
         let call = |line: &str| {
             let (pid, text) = line.split_once(' ')?;
             Some((pid.parse().ok()?, text.trim_start().to_owned()))

@@ -4,6 +4,7 @@
 
 mod disk;
 mod kill;
+mod power;
 
 use peregrine_vmm::snapshot::hibernated::{Status, status};
 use peregrine_vmm::snapshot::{Claim, SnapshotError, Stored};
