@@ -4,6 +4,7 @@
 
 mod disk;
 mod kill;
+mod load;
 mod power;
 
 use peregrine_vmm::snapshot::hibernated::{Status, status};
