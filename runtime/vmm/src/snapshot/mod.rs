@@ -14,10 +14,12 @@
 
 pub mod compat;
 pub mod format;
+pub mod hibernated;
 mod memory_digest;
 mod save;
 
 pub use compat::Compat;
+pub use hibernated::Claim;
 pub use memory_digest::{MemoryDigest, digest_memory};
 pub use save::save_memory;
 
@@ -58,12 +60,25 @@ pub enum SnapshotError {
     /// It was made on another kind of host or by another version.
     #[error("this snapshot does not fit this host: {0}")]
     Incompatible(String),
+    /// The sandbox is somebody's: see [`Claim`].
+    #[error("{dir} is claimed: the sandbox runs, or is being resumed or hibernated; stop it first")]
+    Claimed {
+        /// The sandbox's directory.
+        dir: PathBuf,
+    },
 }
 
 impl SnapshotError {
     pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { path, source }
+    }
+
+    /// Is the disk full, or the quota used up? Then it can be tried again when there is space.
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
     }
 }
 
@@ -175,13 +190,17 @@ impl Snapshot {
         let parent = dir.parent().unwrap_or(Path::new("."));
         let name = dir.file_name().unwrap_or_default().to_string_lossy();
         let partial = parent.join(format!(".{name}.{}.partial", std::process::id()));
-        let done = self.write_all(mem, base, &partial).and_then(|()| {
-            std::fs::rename(&partial, dir).map_err(SnapshotError::io(dir))?;
-            sync(parent)
-        });
+        let published = self
+            .write_all(mem, base, &partial)
+            .and_then(|()| std::fs::rename(&partial, dir).map_err(SnapshotError::io(dir)));
+        // Whether a rename whose fsync failed is on the disk nobody knows, and the next fsync may say it is.
+        let (done, left) = match published {
+            Ok(()) => (sync(parent), dir),
+            Err(error) => (Err(error), &*partial),
+        };
         if done.is_err() {
             // The failure is what counts.
-            let _ = std::fs::remove_dir_all(&partial);
+            let _ = std::fs::remove_dir_all(left);
         }
         done
     }

@@ -7,8 +7,10 @@
 //! must stand still.
 
 use crate::memory::GuestMemory;
+use rustix::io::Errno;
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryBackend as _, GuestMemoryRegion as _};
 
@@ -57,15 +59,22 @@ fn copy_data(from: &File, to: &File, end: u64) -> io::Result<()> {
     while at < end {
         let data = match rustix::fs::seek(from, rustix::fs::SeekFrom::Data(at)) {
             Ok(data) => data,
-            Err(rustix::io::Errno::NXIO) => break,
+            Err(Errno::NXIO) => break,
             Err(error) => return Err(error.into()),
         };
         let hole = rustix::fs::seek(from, rustix::fs::SeekFrom::Hole(data))?;
         let (mut source, mut target) = (data, data);
         while source < hole {
             let left = (hole - source) as usize;
-            if rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), left)? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
+            match rustix::fs::copy_file_range(from, Some(&mut source), to, Some(&mut target), left) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) => {}
+                // Two file systems that do not know each other.
+                Err(Errno::XDEV | Errno::OPNOTSUPP | Errno::NOSYS) => {
+                    copy_bytes(from, to, source..hole)?;
+                    source = hole;
+                }
+                Err(error) => return Err(error.into()),
             }
         }
         at = hole;
@@ -73,11 +82,24 @@ fn copy_data(from: &File, to: &File, end: u64) -> io::Result<()> {
     Ok(())
 }
 
+/// The same through this process, for files that the kernel does not copy between.
+fn copy_bytes(from: &File, to: &File, range: Range<u64>) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK_BYTES as usize];
+    let mut at = range.start;
+    while at < range.end {
+        let part = &mut buffer[..(range.end - at).min(CHUNK_BYTES) as usize];
+        from.read_exact_at(part, at)?;
+        to.write_all_at(part, at)?;
+        at += part.len() as u64;
+    }
+    Ok(())
+}
+
 /// Ranges (relative to `host`) of the pages that this process has made its own.
-fn private_runs(pagemap: &File, host: u64, bytes: u64) -> io::Result<Vec<std::ops::Range<u64>>> {
+fn private_runs(pagemap: &File, host: u64, bytes: u64) -> io::Result<Vec<Range<u64>>> {
     const ENTRIES: u64 = 64 * 1024;
     let count = bytes / PAGE_BYTES;
-    let mut runs: Vec<std::ops::Range<u64>> = Vec::new();
+    let mut runs: Vec<Range<u64>> = Vec::new();
     let mut entries = vec![0; (ENTRIES * 8) as usize];
     let mut page = 0;
     while page < count {
@@ -127,5 +149,19 @@ mod tests {
         }
         assert_eq!(digest_memory(&to).unwrap().pages, 3);
         assert_eq!(digest_memory(&base).unwrap(), before);
+    }
+
+    #[test]
+    fn what_the_kernel_does_not_copy_is_copied_byte_by_byte() {
+        let (from, to) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        // More than one chunk, and the last one not whole.
+        let bytes: Vec<u8> = (0..CHUNK_BYTES + 5000).map(|n| (n % 251) as u8).collect();
+        from.write_all_at(&bytes, 0).unwrap();
+        let end = bytes.len() as u64;
+        copy_bytes(&from, &to, 100..end).unwrap();
+        let mut found = vec![0; bytes.len() - 100];
+        to.read_exact_at(&mut found, 100).unwrap();
+        assert!(found == bytes[100..]);
+        assert!(copy_bytes(&from, &to, 0..end + 1).is_err());
     }
 }

@@ -3,7 +3,7 @@
 use super::WorkerStats;
 use super::wire::{MOST_FDS, Reply, Request, receive, send};
 use crate::agent::{Agent, AgentError, Identity};
-use crate::snapshot::AgentState;
+use crate::snapshot::{AgentState, Claim, SnapshotError};
 use crate::vm::DiskConfig;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::ffi::OsStr;
@@ -26,6 +26,16 @@ pub enum WorkerError {
     /// It says why it did not do it; its guest is as it was.
     #[error("{0}")]
     Refused(String),
+    /// The snapshot does not fit on the disk. Nothing of it is left, and the guest is as it was.
+    #[error("no space for the snapshot: {0}; free some and try again")]
+    NoSpace(String),
+    /// The process that saved the snapshot was killed. It does not count, and the guest is as it was unless its
+    /// worker ended too.
+    #[error("the snapshot was not saved: the process that wrote it ended before it was durable")]
+    NotSaved,
+    /// The sandbox's place on disk.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// It answered something else.
     #[error("the worker answered {0}, out of turn")]
     OutOfTurn(String),
@@ -147,25 +157,49 @@ impl Worker {
         Ok(Fork { decoded_ns, stopped_ns, resumed_ns, children: children.collect::<Result<_, _>>()? })
     }
 
-    /// Saves a snapshot of the running guest in `dir`, durable when this returns. The guest stands still for
-    /// a fork, not for the disk, and goes on. Dropping the worker then is hibernation; restoring the
-    /// snapshot, any number of times, is [`Worker::prepare`].
+    /// Saves a snapshot of the running guest in `dir`, durable when this returns; nobody else may be writing
+    /// there. The guest stands still for a fork, not for the disk, and goes on. Restoring the snapshot, any
+    /// number of times, is [`Worker::prepare`].
     ///
     /// # Errors
-    /// [`WorkerError::Refused`]: the guest is as it was, and nothing of the snapshot is left.
+    /// The guest is as it was, and nothing of the snapshot is left; after [`WorkerError::NotSaved`] a
+    /// directory whose name ends in `.partial` is.
     pub fn snapshot(&self, agent: &Agent, dir: &Path) -> Result<Saved, WorkerError> {
+        self.save(agent, dir, None)
+    }
+
+    /// Saves the running guest as the next generation of a claimed sandbox, durable when this returns. The
+    /// guest goes on; dropping the worker and then the claim is hibernation.
+    ///
+    /// # Errors
+    /// The newest generation is what it was, and so is the guest.
+    pub fn hibernate(&self, agent: &Agent, claim: &Claim) -> Result<Saved, WorkerError> {
+        let saved = self.save(agent, &claim.next()?, Some(claim));
+        match &saved {
+            Ok(_) => claim.saved(),
+            // What it left is swept at the next claim if it cannot be now.
+            Err(_) => drop(claim.sweep()),
+        }
+        saved
+    }
+
+    fn save(&self, agent: &Agent, dir: &Path, claim: Option<&Claim>) -> Result<Saved, WorkerError> {
         let (ours, theirs) = pair()?;
         let request = Request::Snapshot { dir: dir.to_owned(), agent: agent.own_state() };
-        send(&self.control, &request, &[theirs.as_fd()])?;
+        // The socket last: a process that ends closes its files in order, and when its end is seen here the
+        // claim is this owner's alone.
+        let fds: Vec<_> = claim.map(|claim| claim.as_fd()).into_iter().chain([theirs.as_fd()]).collect();
+        send(&self.control, &request, &fds)?;
         // The only other end is then the child's: if it dies, that is seen.
         drop(theirs);
         let (decoded_ns, resumed_ns) = match receive(&self.control)?.0 {
             Reply::Forked { decoded_ns, resumed_ns, .. } => (decoded_ns, resumed_ns),
             other => return Err(refused(other)),
         };
-        match receive(&ours)?.0 {
-            Reply::Saved => Ok(Saved { decoded_ns, resumed_ns }),
-            other => Err(refused(other)),
+        match receive(&ours) {
+            Ok((Reply::Saved, _)) => Ok(Saved { decoded_ns, resumed_ns }),
+            Ok((other, _)) => Err(refused(other)),
+            Err(_) => Err(WorkerError::NotSaved),
         }
     }
 
@@ -238,6 +272,7 @@ fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 fn refused(reply: Reply) -> WorkerError {
     match reply {
         Reply::Failed(why) => WorkerError::Refused(why),
+        Reply::NoSpace(why) => WorkerError::NoSpace(why),
         other => WorkerError::OutOfTurn(format!("{other:?}")),
     }
 }

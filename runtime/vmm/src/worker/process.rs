@@ -147,6 +147,16 @@ fn go(sandbox: &Sandbox, mailbox: &[u8], decoded_ns: u64) -> Reply {
     Reply::Going { decoded_ns, first_exit_ns }
 }
 
+/// Ends a forked child that panics: the frames below it are its parent's, and what they would drop belongs to
+/// threads that the child does not have.
+struct AbortOnUnwind;
+
+impl Drop for AbortOnUnwind {
+    fn drop(&mut self) {
+        std::process::abort();
+    }
+}
+
 /// Forks the process while the guest stands still. `child` gets the guest's memory and state; the guest goes on in
 /// the parent, which stands still for this one fork whatever the child does with it.
 fn split(
@@ -167,6 +177,7 @@ fn split(
             Ok(Reply::Forked { decoded_ns, stopped_ns, resumed_ns: monotonic_ns() })
         }
         Forked::Child => {
+            let _guard = AbortOnUnwind;
             child(ManuallyDrop::new(paused).memory(), machine);
             exit_now(0)
         }
@@ -189,21 +200,26 @@ fn fork_guest(
 /// Saves a snapshot: the child, which has the guest's memory as it was, writes it out.
 fn save(
     sandbox: &Sandbox,
-    mut sockets: Vec<OwnedFd>,
+    mut held: Vec<OwnedFd>,
     agent: AgentState,
     dir: &Path,
     decoded_ns: u64,
 ) -> Result<Reply, VmmError> {
-    let (Some(done), true) = (sockets.pop(), sockets.is_empty()) else {
-        return Err(VmmError::Agent("a snapshot needs one socket".to_owned()));
+    let Some(done) = held.pop() else {
+        return Err(VmmError::Agent("a snapshot needs a socket".to_owned()));
     };
-    split(sandbox, agent, decoded_ns, |mem, machine| {
-        close_all_but(&[sandbox.base.as_raw_fd(), done.as_raw_fd()]);
+    split(sandbox, agent, decoded_ns, move |mem, machine| {
+        // The claim on the place outlives its owner, or another one could come and be overtaken.
+        let keep = held.iter().chain([&done]).map(|fd| fd.as_raw_fd()).chain([sandbox.base.as_raw_fd()]);
+        close_all_but(&keep.collect::<Vec<_>>());
         let snapshot = Snapshot { compat: sandbox.compat.clone(), machine };
         let reply = match snapshot.save(&mem, &sandbox.base, dir) {
             Ok(()) => Reply::Saved,
+            Err(error) if error.is_no_space() => Reply::NoSpace(error.to_string()),
             Err(error) => Reply::Failed(error.to_string()),
         };
+        // When the owner has the word, the claim is the owner's alone.
+        drop(held);
         // If the owner has gone, what is on disk is complete or absent all the same.
         let _ = send(&done, &reply, &[]);
     })
