@@ -59,8 +59,42 @@ pub struct LoopHandle {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// Makes the devices and starts the loop that serves them.
+/// A loop's thread with its ring, before there are devices: a quarter of a millisecond that need not be on
+/// the way of a restore. Dropped, it ends.
+pub struct Idle {
+    thread: JoinHandle<()>,
+    work: Sender<Parts>,
+    ready: Receiver<io::Result<()>>,
+}
+
+/// Starts a loop's thread. Whether it could make its ring is known when it gets its devices.
+pub fn idle() -> Result<Idle, DeviceError> {
+    let (work, inbox) = channel::<Parts>();
+    let (report, ready) = channel();
+    let body = move || {
+        // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
+        match Ring::new(RING_ENTRIES) {
+            Ok(ring) => {
+                // Nobody looks if there will be no devices.
+                let _ = report.send(Ok(()));
+                if let Ok(parts) = inbox.recv() {
+                    let mut event_loop = EventLoop { parts, ring, pauses: Vec::new(), attends: None };
+                    event_loop.arm_doorbell();
+                    event_loop.run();
+                }
+            }
+            Err(error) => {
+                let _ = report.send(Err(error));
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("vmm-loop".into()).spawn(body);
+    Ok(Idle { thread: thread.map_err(DeviceError::EventLoop)?, work, ready })
+}
+
+/// Makes the devices and has the loop serve them.
 pub fn start(
+    idle: Idle,
     config: DevicesConfig,
     mem: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
@@ -103,7 +137,7 @@ pub fn start(
         ports.iter().for_each(|port| port.renew_interrupt());
     }
     let parts = Parts { ports, vsock, bell: Arc::clone(&bell), inbox, loop_ended };
-    let thread = spawn(parts)?;
+    let thread = idle.serve(parts)?;
     if restores {
         // Doorbells that were rung before the snapshot are not rung again.
         (0..devices)
@@ -154,29 +188,11 @@ struct Parts {
     loop_ended: Arc<AtomicBool>,
 }
 
-fn spawn(parts: Parts) -> Result<JoinHandle<()>, DeviceError> {
-    let (ready, started) = channel();
-    let body = move || {
-        // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
-        match Ring::new(RING_ENTRIES) {
-            Ok(ring) => {
-                let mut event_loop = EventLoop { parts, ring, pauses: Vec::new(), attends: None };
-                event_loop.arm_doorbell();
-                // `start` waits for this.
-                let _ = ready.send(Ok(()));
-                event_loop.run();
-            }
-            Err(error) => {
-                let _ = ready.send(Err(error));
-            }
-        }
-    };
-    let thread =
-        std::thread::Builder::new().name("vmm-loop".into()).spawn(body).map_err(DeviceError::EventLoop)?;
-    match started.recv() {
-        Ok(Ok(())) => Ok(thread),
-        Ok(Err(error)) => Err(DeviceError::EventLoop(error)),
-        Err(_) => Err(DeviceError::Stopped),
+impl Idle {
+    fn serve(self, parts: Parts) -> Result<JoinHandle<()>, DeviceError> {
+        self.ready.recv().map_err(|_| DeviceError::Stopped)?.map_err(DeviceError::EventLoop)?;
+        self.work.send(parts).map_err(|_| DeviceError::Stopped)?;
+        Ok(self.thread)
     }
 }
 

@@ -117,6 +117,7 @@ impl Paused<'_> {
             devices: self.devices.states().to_vec(),
             agent,
             at_gate: self.microvm.at_gate.load(Ordering::Relaxed),
+            runs: Vec::new(),
         })
     }
 }
