@@ -42,8 +42,8 @@
 //!
 //! **Freezing.** `Freeze` is answered by no frame: once all it has to say is sent, the agent writes
 //! [`GATE_FREEZE`] to [`GATE_REGISTER`], and every clone of the guest begins behind that instruction. It then
-//! reads the register and takes as many bytes of frames from the mailbox, before any from its connection. A
-//! guest that cannot reach the register (a kernel without /dev/mem) goes on, and the host gives up waiting.
+//! reads the register, takes as many bytes of frames from the mailbox, before any from its connection, and
+//! writes [`GATE_TAKEN`]. A guest that cannot reach the register (a kernel without /dev/mem) goes on, and the host gives up waiting.
 //!
 //! **Errors.** A frame that cannot be understood is answered with `Error` and the connection is
 //! closed; commands go on.
@@ -78,6 +78,8 @@ pub const AGENT_PORT: u32 = 1024;
 pub const GATE_REGISTER: u64 = 0xd00f_f000;
 /// What the agent writes to [`GATE_REGISTER`].
 pub const GATE_FREEZE: u32 = 1;
+/// What the agent writes to [`GATE_REGISTER`] when it has read the mailbox.
+pub const GATE_TAKEN: u32 = 2;
 /// Guest-physical address of the mailbox: RAM that the kernel is told to leave alone.
 pub const GATE_MAILBOX: u64 = 0x5_0000;
 /// Size of the mailbox, a multiple of the page size. What the host leaves there are whole frames.

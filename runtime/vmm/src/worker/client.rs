@@ -3,7 +3,7 @@
 use super::WorkerStats;
 use super::wire::{MOST_FDS, Reply, Request, receive, send};
 use crate::agent::{Agent, AgentError, Identity};
-use crate::snapshot::AgentState;
+use crate::snapshot::{AgentState, Claim, SnapshotError};
 use crate::vm::DiskConfig;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::ffi::OsStr;
@@ -26,6 +26,16 @@ pub enum WorkerError {
     /// It says why it did not do it; its guest is as it was.
     #[error("{0}")]
     Refused(String),
+    /// The snapshot does not fit on the disk. Nothing of it is left, and the guest is as it was.
+    #[error("no space for the snapshot: {0}; free some and try again")]
+    NoSpace(String),
+    /// The process that saved the snapshot was killed. It does not count, and the guest is as it was unless its
+    /// worker ended too.
+    #[error("the snapshot was not saved: the process that wrote it ended before it was durable")]
+    NotSaved,
+    /// The sandbox's place on disk.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// It answered something else.
     #[error("the worker answered {0}, out of turn")]
     OutOfTurn(String),
@@ -125,9 +135,10 @@ impl Saving {
     /// # Errors
     /// Why it is not; then nothing of it is left.
     pub fn finish(self) -> Result<Saved, WorkerError> {
-        match receive(&self.done)?.0 {
-            Reply::Saved => Ok(self.saved),
-            other => Err(refused(other)),
+        match receive(&self.done) {
+            Ok((Reply::Saved, _)) => Ok(self.saved),
+            Ok((other, _)) => Err(refused(other)),
+            Err(_) => Err(WorkerError::NotSaved),
         }
     }
 }
@@ -196,12 +207,13 @@ impl Worker {
         Ok(Forking { decoded_ns, stopped_ns, resumed_ns, children })
     }
 
-    /// Saves a snapshot of the running guest in `dir`, durable when this returns. The guest stands still for
-    /// a fork, not for the disk, and goes on. Dropping the worker then is hibernation; restoring the
-    /// snapshot, any number of times, is [`Worker::prepare`].
+    /// Saves a snapshot of the running guest in `dir`, durable when this returns; nobody else may be writing
+    /// there. The guest stands still for a fork, not for the disk, and goes on. Restoring the snapshot, any
+    /// number of times, is [`Worker::prepare`].
     ///
     /// # Errors
-    /// [`WorkerError::Refused`]: the guest is as it was, and nothing of the snapshot is left.
+    /// The guest is as it was, and nothing of the snapshot is left; after [`WorkerError::NotSaved`] a
+    /// directory whose name ends in `.partial` is.
     pub fn snapshot(&self, agent: impl Into<AgentState>, dir: &Path) -> Result<Saved, WorkerError> {
         self.begin_snapshot(agent, dir)?.finish()
     }
@@ -209,11 +221,33 @@ impl Worker {
     /// As [`Worker::snapshot`], but returns when the guest goes on: nothing is durable yet.
     ///
     /// # Errors
-    /// [`WorkerError::Refused`]: the guest is as it was.
+    /// As for [`Worker::snapshot`].
     pub fn begin_snapshot(&self, agent: impl Into<AgentState>, dir: &Path) -> Result<Saving, WorkerError> {
+        self.save(agent.into(), dir, None)
+    }
+
+    /// Saves the running guest as the next generation of a claimed sandbox, durable when this returns. The
+    /// guest goes on; dropping the worker and then the claim is hibernation.
+    ///
+    /// # Errors
+    /// The newest generation is what it was, and so is the guest.
+    pub fn hibernate(&self, agent: impl Into<AgentState>, claim: &Claim) -> Result<Saved, WorkerError> {
+        let saved = self.save(agent.into(), &claim.next()?, Some(claim)).and_then(Saving::finish);
+        match &saved {
+            Ok(_) => claim.saved(),
+            // What it left is swept at the next claim if it cannot be now.
+            Err(_) => drop(claim.sweep()),
+        }
+        saved
+    }
+
+    fn save(&self, agent: AgentState, dir: &Path, claim: Option<&Claim>) -> Result<Saving, WorkerError> {
         let (ours, theirs) = pair()?;
-        let request = Request::Snapshot { dir: dir.to_owned(), agent: agent.into() };
-        send(&self.control, &request, &[theirs.as_fd()])?;
+        let request = Request::Snapshot { dir: dir.to_owned(), agent };
+        // The socket last: a process that ends closes its files in order, and when its end is seen here the
+        // claim is this owner's alone.
+        let fds: Vec<_> = claim.map(|claim| claim.as_fd()).into_iter().chain([theirs.as_fd()]).collect();
+        send(&self.control, &request, &fds)?;
         // The only other end is then the child's: if it dies, that is seen.
         drop(theirs);
         let (decoded_ns, resumed_ns) = match receive(&self.control)?.0 {
@@ -303,6 +337,7 @@ fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 fn refused(reply: Reply) -> WorkerError {
     match reply {
         Reply::Failed(why) => WorkerError::Refused(why),
+        Reply::NoSpace(why) => WorkerError::NoSpace(why),
         other => WorkerError::OutOfTurn(format!("{other:?}")),
     }
 }
