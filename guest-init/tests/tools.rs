@@ -40,7 +40,7 @@ fn what_is_written_is_read_again_and_directories_are_made() {
     let (mut agent, home) = (Agent::start(), home("files"));
     let path = home.join("a/b/file");
     let path = path.to_str().unwrap();
-    let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| (n * 7 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..3_000_000_u32).map(|n| ((n * 7) >> 3) as u8).collect();
     assert_eq!(tool(&mut agent, 1, "write", path, Some(&bytes)).code(), 0);
     assert!(std::fs::read(path).unwrap() == bytes);
     let ran = tool(&mut agent, 2, "read", path, None);

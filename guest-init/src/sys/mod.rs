@@ -23,7 +23,7 @@ mod terminal;
 use core::num::NonZeroU32;
 
 pub(crate) use files::{
-    Directory, Looked, Watched, connect_loopback, make_new_directory, open_directory, open_for_reading,
+    Looked, Watched, connect_loopback, make_new_directory, open_directory, open_for_reading,
     open_for_writing, poll, splice, stdio,
 };
 pub(crate) use gate::Gate;

@@ -33,20 +33,21 @@ const KEPT: usize = 4;
 const KEPT_FOR: Duration = Duration::from_secs(20);
 
 type Sender = SendRequest<Incoming>;
+type Key = (Rc<str>, u16);
 
 /// Idle connections into sandboxes.
 #[derive(Debug, Default)]
-pub(crate) struct Idle(HashMap<(Rc<str>, u16), Vec<(Instant, Sender)>>);
+pub(crate) struct Idle(HashMap<Key, Vec<(Instant, Sender)>>);
 
 impl Idle {
-    fn take(&mut self, key: &(Rc<str>, u16)) -> Option<Sender> {
+    fn take(&mut self, key: &Key) -> Option<Sender> {
         let kept = self.0.get_mut(key)?;
         kept.retain(|(since, sender)| !sender.is_closed() && since.elapsed() < KEPT_FOR);
         let ready = kept.iter().rposition(|(_, sender)| sender.is_ready())?;
         Some(kept.remove(ready).1)
     }
 
-    fn put(&mut self, key: (Rc<str>, u16), sender: Sender) {
+    fn put(&mut self, key: Key, sender: Sender) {
         self.0.retain(|_, kept| {
             kept.retain(|(since, sender)| !sender.is_closed() && since.elapsed() < KEPT_FOR);
             !kept.is_empty()
@@ -233,7 +234,9 @@ mod tests {
 
     #[test]
     fn both_anonymous_forms_name_sandbox_port_and_path() {
-        let of = |host, path| anonymous(&parts(host, path), "sb.example").map(|to| to.unwrap());
+        fn of(host: &str, path: &str) -> Option<(String, u16, String)> {
+            anonymous(&parts(host, path), "sb.example").map(|to| to.unwrap())
+        }
         let id = "run0000aaaabbbbccccdddd";
         let to = |port, path: &str| Some((id.to_owned(), port, path.to_owned()));
         assert_eq!(of(&format!("3000-{id}.sb.example:8700"), "/a?b=c"), to(3000, "/a?b=c"));

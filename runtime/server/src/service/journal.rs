@@ -16,6 +16,9 @@ use std::path::{Path, PathBuf};
 /// The file of a tenant's entries.
 const LOG_FILE: &str = "log.ndjson";
 
+/// Is given a line, and says whether it wants more.
+pub(crate) type TakeLine<'t> = dyn FnMut(&[u8]) -> bool + 't;
+
 /// Where events go.
 #[derive(Debug)]
 pub(crate) struct Journal {
@@ -90,7 +93,7 @@ impl Journal {
         &self,
         tenant: &str,
         sandbox: &str,
-    ) -> impl FnOnce(&mut dyn FnMut(&[u8]) -> bool) -> io::Result<()> + Send + use<> {
+    ) -> impl FnOnce(&mut TakeLine<'_>) -> io::Result<()> + Send + use<> {
         let path = self.dir.join(tenant).join(LOG_FILE);
         // Ids are letters and digits: canonical JSON writes them as they are.
         let about = format!("\"sandbox_id\":\"{sandbox}\"");

@@ -15,7 +15,7 @@ use peregrine_vmm::snapshot::Stored;
 use peregrine_vmm::worker::{Going, WorkerError};
 use serde_json::json;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
@@ -153,7 +153,7 @@ pub(super) async fn save(
         return Ok(Err(error.into()));
     }
     let paused = running.conversation.pause().await?;
-    let (state, dir) = (paused.state.clone(), dir.to_owned());
+    let (state, dir, partial) = (paused.state.clone(), dir.to_owned(), partial(dir));
     let saving = match running.with_worker(move |worker| worker.begin_snapshot(state, &dir)).await {
         Ok(saving) => saving,
         Err(error) => return Ok(Err(error.into())),
@@ -161,7 +161,18 @@ pub(super) async fn save(
     let paused = (after == After::StandStill).then_some(paused);
     let saved = executor::blocking(move || saving.finish()).await;
     drop(paused);
+    if saved.is_err() {
+        // What a killed writer leaves.
+        remove_dir(partial);
+    }
     Ok(saved.map(drop).map_err(ServiceError::from))
+}
+
+/// Where a snapshot is written before it has its name.
+fn partial(dir: &Path) -> PathBuf {
+    let mut name = dir.as_os_str().to_owned();
+    name.push(".partial");
+    name.into()
 }
 
 fn size_bytes(dir: &Path) -> u64 {
