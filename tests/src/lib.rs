@@ -4,6 +4,7 @@
 
 pub mod bare;
 mod clone;
+pub mod oci;
 
 pub use clone::{Clone, PATIENCE};
 

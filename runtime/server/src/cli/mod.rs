@@ -5,6 +5,7 @@
 mod doctor;
 mod error;
 mod guest;
+mod image;
 mod progress;
 mod run;
 mod session;
@@ -36,6 +37,7 @@ struct Args {
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(Box<run::RunArgs>),
+    Image(image::ImageArgs),
     Template(template::TemplateArgs),
     Doctor(doctor::DoctorArgs),
     /// One microVM's process, spoken to over its standard input
@@ -54,6 +56,7 @@ pub(crate) fn main() -> ExitCode {
     let args = Args::parse();
     let result = match args.verb {
         Verb::Run(run) => run::run(&run, args.cache),
+        Verb::Image(image) => image::image(&image, args.cache),
         Verb::Template(template) => template::template(&template, args.cache),
         Verb::Doctor(doctor) => doctor::doctor(&doctor, args.cache),
         Verb::Worker => worker(),
