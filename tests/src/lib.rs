@@ -5,6 +5,7 @@
 pub mod bare;
 mod clone;
 pub mod oci;
+pub mod registry;
 
 pub use clone::{Clone, PATIENCE};
 

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod local;
+mod registry;
 
 use std::path::Path;
 use std::process::{Command, Output};

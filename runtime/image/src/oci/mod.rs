@@ -16,7 +16,9 @@ mod build;
 mod catalogue;
 mod config;
 mod manifest;
+mod pull;
 mod reference;
+mod registry;
 mod settings;
 mod source;
 
@@ -85,14 +87,16 @@ pub fn resolve(
     registries: &Registries,
     progress: &mut dyn Progress,
 ) -> Result<ReadyImage, Error> {
-    let _ = (registries, progress);
     if pull != Pull::Always
         && let Some(image) = find(store, reference)?
     {
         return Ok(image);
     }
-    let why = "it is not here, and it is not to be pulled".to_owned();
-    Err(Error::ImageNotFound { image: reference.familiar(), why })
+    if pull == Pull::Never {
+        let why = "it is not here, and is not to be pulled".to_owned();
+        return Err(Error::ImageNotFound { image: reference.familiar(), why });
+    }
+    pull::pull(store, reference, registries, progress)
 }
 
 /// The image of this name, if it is here.

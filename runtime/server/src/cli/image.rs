@@ -3,10 +3,13 @@
 use super::{CliError, progress};
 use clap::{Args, Subcommand};
 use peregrine_image::Store;
-use peregrine_image::oci::{self, ListedImage, ReadyImage, Registries};
+use peregrine_image::oci::{self, ListedImage, Pull, ReadyImage, Registries};
 use std::path::PathBuf;
 
 /// Pull, import, show and remove images
+///
+/// Credentials are those of `docker login`; $PEREGRINE_REGISTRY_MIRRORS (`docker.io=mirror.example …`) names
+/// registries to ask first, $PEREGRINE_HTTP_REGISTRIES those spoken to in plain HTTP, besides loopback ones.
 ///
 /// A name is what Docker users expect: `python:3.12`, `ghcr.io/x/y@sha256:…`, `localhost:5000/z`. Names are of
 /// `docker.io` unless $PEREGRINE_DEFAULT_REGISTRY names another registry.
@@ -18,6 +21,14 @@ pub(crate) struct ImageArgs {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    /// Pull an image from its registry, or what its tag means now
+    Pull {
+        /// Its name
+        name: String,
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
     /// Take an image from an OCI layout directory, or from an archive of one or of `docker save`
     Import {
         /// Directory or archive; `:TAG` behind it chooses one of several images
@@ -63,6 +74,11 @@ pub(crate) fn image(args: &ImageArgs, cache: Option<PathBuf>) -> Result<u8, CliE
     let store = cache.map_or_else(Store::open, |dir| Store::at(&dir))?;
     let registries = Registries::from_env()?;
     match &args.verb {
+        Verb::Pull { name, json } => {
+            let reference = registries.parse(name)?;
+            let mut progress = progress::for_stderr();
+            show(&oci::resolve(&store, &reference, Pull::Always, &registries, progress.as_mut())?, *json);
+        }
         Verb::Import { source, name, json } => {
             let reference = registries.parse(name)?;
             let image = oci::import(&store, source, &reference, progress::for_stderr().as_mut())?;
