@@ -60,7 +60,7 @@ fn dependencies_between_rooms_point_one_way() {
         ("runtime/vmm", &["guest-init"]),
         ("runtime/image", &[]),
         ("runtime/server", &["guest-init", "peregrine-vmm", "peregrine-image", "prewarm"]),
-        ("bench", &["peregrine", "peregrine-vmm", "peregrine-image"]),
+        ("bench", &["peregrine", "peregrine-vmm", "peregrine-image", "tests"]),
         ("tests", &["peregrine", "peregrine-vmm", "peregrine-image", "guest-init", "prewarm"]),
         ("tests/fuzz", &["peregrine-vmm", "peregrine-image", "guest-init"]),
     ]);

@@ -1,7 +1,10 @@
 //! Images by name: imported, pulled, unpacked without trust, run with their configuration.
 #![allow(clippy::unwrap_used)]
 
+mod host;
+mod layers;
 mod local;
+mod real;
 mod registry;
 
 use std::path::Path;

@@ -101,7 +101,8 @@ fn a_registry_with_passwords_gives_to_those_who_have_them() {
     // Base64 of me:secret.
     let config = format!(r#"{{"auths":{{"{}":{{"auth":"bWU6c2VjcmV0"}}}}}}"#, registry.host());
     std::fs::write(dir.path().join("config.json"), config).unwrap();
-    let output = command(&cache, &["image", "pull", &name]).env("DOCKER_CONFIG", dir.path()).output().unwrap();
+    let output =
+        command(&cache, &["image", "pull", &name]).env("DOCKER_CONFIG", dir.path()).output().unwrap();
     stdout_of(&output);
 }
 

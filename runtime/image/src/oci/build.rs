@@ -122,8 +122,18 @@ fn read_accounts(dir: &Path) -> Result<Accounts, Error> {
 /// # Errors
 /// What is wrong with a layer.
 #[doc(hidden)]
-pub fn build_layers(path: &Path, layers: &[&[u8]], most_bytes: u64) -> Result<(), Error> {
-    let limits = Limits { bytes: most_bytes, ratio_from_bytes: most_bytes / 2, ..Limits::default() };
+pub fn build_layers(
+    path: &Path,
+    layers: &[&[u8]],
+    most_bytes: u64,
+    most_entries: usize,
+) -> Result<(), Error> {
+    let limits = Limits {
+        bytes: most_bytes,
+        entries: most_entries,
+        ratio_from_bytes: most_bytes / 4,
+        ..Limits::default()
+    };
     let mut builder = Builder::create(path, limits)?;
     for (number, layer) in layers.iter().enumerate() {
         let expected = rootfs::Expected { name: number.to_string(), ..rootfs::Expected::default() };

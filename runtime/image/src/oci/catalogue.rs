@@ -1,5 +1,5 @@
 //! The images that have names: `<cache>/names/<digest of the name>.json`, each leading to an entry of the
-//! cache. Names change hands by rename; whoever removes waits for those who add (`<cache>/names/lock`).
+//! cache. Names change hands by rename; whoever collects garbage waits for those who add (`<cache>/names/lock`).
 
 use std::fs::{self, File};
 use std::io;
@@ -86,8 +86,8 @@ pub(super) fn adding(store: &Store) -> Result<File, Error> {
     Ok(lock)
 }
 
-/// Held while images are removed.
-fn removing(store: &Store) -> Result<File, Error> {
+/// Held while garbage is collected.
+fn collecting(store: &Store) -> Result<File, Error> {
     let path = dir(store)?.join("lock");
     let lock = open_lock(&path)?;
     lock.lock().map_err(Error::io("lock", &path))?;
@@ -188,7 +188,6 @@ pub fn list(store: &Store) -> Result<Vec<ListedImage>, Error> {
 /// # Errors
 /// If the cache cannot be written.
 pub fn remove(store: &Store, reference: &Reference) -> Result<bool, Error> {
-    let _lock = removing(store)?;
     let path = path(store, &reference.to_string())?;
     match fs::remove_file(&path) {
         Ok(()) => Ok(true),
@@ -202,7 +201,7 @@ pub fn remove(store: &Store, reference: &Reference) -> Result<bool, Error> {
 /// # Errors
 /// If the cache cannot be written.
 pub fn collect_garbage(store: &Store) -> Result<Collected, Error> {
-    let _lock = removing(store)?;
+    let _lock = collecting(store)?;
     let named = all(store)?;
     let mut collected = Collected::default();
     for key in store.keys(Kind::Oci)? {

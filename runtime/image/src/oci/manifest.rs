@@ -234,6 +234,18 @@ impl ConfigFile {
     }
 }
 
+/// Parses bytes as whatever they may be, for fuzzing.
+#[doc(hidden)]
+pub fn parse_documents(bytes: &[u8]) {
+    if let Ok(Document::Index(manifests)) = Document::parse(bytes) {
+        let _ = for_this_platform(&manifests);
+    }
+    if let Ok(file) = ConfigFile::parse(bytes, 0) {
+        let process = file.config.unwrap_or_default();
+        let _ = Words::argv(process.entrypoint);
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -29,6 +29,8 @@ pub use accounts::User;
 pub use build::build_layers;
 pub use catalogue::{Collected, ListedImage, collect_garbage, list, remove};
 pub use config::ImageConfig;
+#[doc(hidden)]
+pub use manifest::parse_documents;
 pub use reference::{DOCKER_HUB, Reference};
 pub use settings::Registries;
 

@@ -155,7 +155,8 @@ pub(super) fn answer(
         |name: &str| parameters.iter().find(|(key, _)| key == name).map_or("", |(_, value)| value.as_str());
     let (realm, service) = (get("realm"), get("service"));
     // Credentials go where the registry says; in the clear only where the registry itself is.
-    if !realm.starts_with("https://") && !(plain_http && realm.starts_with("http://")) {
+    let safe = realm.starts_with("https://") || (plain_http && realm.starts_with("http://"));
+    if !safe {
         return Err(Failure::Wrong(format!("it sends to {realm:?} for a token")));
     }
     let scope = format!("repository:{repository}:pull");
