@@ -5,6 +5,8 @@
 pub mod bare;
 mod clone;
 pub mod daemon;
+pub mod oci;
+pub mod registry;
 pub mod sandbox;
 mod strace;
 

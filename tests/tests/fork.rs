@@ -51,7 +51,7 @@ fn a_snapshot_of_a_running_guest_is_restored_twice_and_after_its_end() {
     let (_turn, template) = turn();
     let home = tempfile::tempdir().unwrap();
     let mut going = go(parked(&template));
-    let script = "head -c 3000000 /dev/urandom >/tmp/data; mkfifo /tmp/p; \
+    let script = "head -c 300000 /dev/urandom >/tmp/data; mkfifo /tmp/p; \
                   bash -c 'read line </tmp/p; echo got $line >/tmp/got' >/dev/null 2>&1 & sha256sum </tmp/data";
     let digest = sh(&mut going.agent, script);
     // Each cycle hibernates what the last one resumed.

@@ -61,7 +61,7 @@ fn dependencies_between_rooms_point_one_way() {
         ("runtime/image", &[]),
         ("runtime/audit", &[]),
         ("runtime/server", &["guest-init", "peregrine-vmm", "peregrine-image", "peregrine-audit", "prewarm"]),
-        ("bench", &["peregrine", "peregrine-vmm", "peregrine-image"]),
+        ("bench", &["peregrine", "peregrine-vmm", "peregrine-image", "tests"]),
         (
             "tests",
             &["peregrine", "peregrine-vmm", "peregrine-image", "peregrine-audit", "guest-init", "prewarm"],

@@ -96,6 +96,72 @@ pub enum Error {
         /// Why it was refused.
         reason: String,
     },
+    /// A text that is no name of an image.
+    #[error("image name {given:?}: {why}")]
+    Reference {
+        /// As it was given.
+        given: String,
+        /// What is wrong with it.
+        why: &'static str,
+    },
+    /// An image that is neither here nor in its registry.
+    #[error("image {image}: {why}")]
+    ImageNotFound {
+        /// The image.
+        image: String,
+        /// Where it was looked for.
+        why: String,
+    },
+    /// A registry that does not give the image to this user.
+    #[error("image {image}: {why}")]
+    ImageRefused {
+        /// The image.
+        image: String,
+        /// 401 or 403.
+        status: u16,
+        /// What the registry said, and what to do.
+        why: String,
+    },
+    /// A registry that cannot be reached or does not do what registries do.
+    #[error("image {image}: {why}")]
+    Registry {
+        /// The image.
+        image: String,
+        /// What went wrong, with which registry.
+        why: String,
+    },
+    /// A setting that cannot be read.
+    #[error("{name}: {why}")]
+    Setting {
+        /// The variable or file.
+        name: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A directory or archive that no image can be taken from.
+    #[error("{source_name}: {why}")]
+    BadSource {
+        /// As it was given.
+        source_name: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A manifest or configuration that cannot be used.
+    #[error("image {image}: {why}")]
+    BadContent {
+        /// The image.
+        image: String,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// A layer that is not what it should be or holds what none may.
+    #[error("layer {layer}: {reason}")]
+    Layer {
+        /// Its digest or file name.
+        layer: String,
+        /// What is wrong with it.
+        reason: String,
+    },
     /// A tool succeeded but did not deliver.
     #[error("{program} succeeded but {missing}")]
     Incomplete {

@@ -38,13 +38,15 @@ pub enum Kind {
     Image,
     /// The disk that carries our PID 1: `agent.erofs`.
     Agent,
+    /// An image by name, made of layers: `root.erofs`, `accounts.json`.
+    Oci,
     /// A frozen microVM, ready to be cloned: `memory`, `state`.
     Template,
 }
 
 impl Kind {
     /// All of them, in the order of their names.
-    pub const ALL: [Self; 4] = [Self::Agent, Self::Image, Self::Kernel, Self::Template];
+    pub const ALL: [Self; 5] = [Self::Agent, Self::Image, Self::Kernel, Self::Oci, Self::Template];
 
     /// The directory's name, and the word for messages.
     pub fn name(self) -> &'static str {
@@ -52,6 +54,7 @@ impl Kind {
             Self::Kernel => "kernel",
             Self::Image => "image",
             Self::Agent => "agent",
+            Self::Oci => "oci",
             Self::Template => "template",
         }
     }

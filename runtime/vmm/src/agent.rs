@@ -168,6 +168,8 @@ pub struct Command {
     pub terminal: Option<(u16, u16)>,
     /// Its standard input comes from the host; else it is `/dev/null`.
     pub stdin: bool,
+    /// User and group number, if not root.
+    pub user: Option<(u32, u32)>,
 }
 
 impl Command {
@@ -370,7 +372,7 @@ impl Agent {
             flags,
             rows,
             cols,
-            user: None,
+            user: command.user,
             cwd: &command.cwd,
             argv: &command.argv,
             env: &command.env,

@@ -1,4 +1,4 @@
-//! Fuzz targets: whatever a hostile guest, or whoever made a kernel or an image, can hand to the VMM.
+//! Fuzz targets: whatever a hostile guest, or whoever made a kernel or an image, can hand over.
 //!
 //! A target is one function of bytes. It panics when a promise is broken; guest memory lies between pages
 //! that nobody may touch ([`guarded`]), so a stray access ends the process. The same functions serve three
@@ -14,6 +14,7 @@ mod cpu;
 pub mod devices;
 pub mod doorbell;
 pub mod guarded;
+pub mod images;
 mod oracle;
 pub mod parsers;
 
@@ -41,6 +42,9 @@ pub const TARGETS: &[Target] = &[
     target("wire", parsers::wire, 512),
     target("kernel", parsers::kernel, 512),
     target("image", parsers::image, 512),
+    target("reference", images::reference, 256),
+    target("manifest", images::manifest, 512),
+    target("layer", images::layer, 1024),
 ];
 
 /// Runs executions `from` to `to` of a seed: an input depends on seed and number alone, so that a failure can

@@ -42,3 +42,14 @@ fn no_file_breaks_the_inspectors() {
     bounded("kernel", 30_000);
     bounded("image", 30_000);
 }
+
+#[test]
+fn no_name_and_no_manifest_breaks_its_parser() {
+    bounded("reference", 30_000);
+    bounded("manifest", 30_000);
+}
+
+#[test]
+fn no_layers_make_an_image_that_cannot_be_mounted() {
+    bounded("layer", 3_000);
+}

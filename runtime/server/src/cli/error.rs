@@ -27,6 +27,10 @@ pub(crate) enum CliError {
     Agent(#[from] peregrine_vmm::agent::AgentError),
     #[error("{what}: {source}")]
     Io { what: &'static str, source: std::io::Error },
+    #[error("image {name}: it is not here; `peregrine image list` shows those that are")]
+    NoImage { name: String },
+    #[error("no command: give one after `--`, or an image that has a default one")]
+    NoCommand,
     #[error("--env {given:?}: must be NAME=VALUE, NAME without '=' or NUL and not empty")]
     Env { given: String },
     #[error("{what}: {given:?} {limit}")]

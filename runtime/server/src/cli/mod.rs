@@ -6,6 +6,7 @@ mod audit;
 mod doctor;
 mod error;
 mod guest;
+mod image;
 mod key;
 mod progress;
 mod run;
@@ -56,6 +57,7 @@ impl Args {
 enum Verb {
     Run(Box<run::RunArgs>),
     Serve(serve::ServeArgs),
+    Image(image::ImageArgs),
     Template(template::TemplateArgs),
     Key(key::KeyArgs),
     Audit(audit::AuditArgs),
@@ -77,6 +79,7 @@ pub(crate) fn main() -> ExitCode {
     let cache = args.cache.clone();
     let result = match &args.verb {
         Verb::Run(run) => run::run(run, cache),
+        Verb::Image(image) => image::image(image, cache),
         Verb::Serve(serve) => args.state().and_then(|state| serve::serve(serve, cache, state)),
         Verb::Template(template) => template::template(template, cache),
         Verb::Key(key) => args.state().and_then(|state| key::key(key, &state.join("keys"))),

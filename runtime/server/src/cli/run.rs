@@ -1,12 +1,14 @@
 //! `peregrine run`: the main job. One sandbox, one command, its output as it comes, its exit code.
 
-use super::guest::GuestArgs;
+use super::guest::{GuestArgs, Prepared};
 use super::session::{self, Ended};
 use super::timing::Timing;
 use super::{CliError, progress, stdio};
 use clap::Args;
+use guest_init::parse_user;
 use peregrine::artefacts::Artefacts;
 use peregrine::template;
+use peregrine_image::oci::ReadyImage;
 use peregrine_vmm::agent::{Command, Outcome};
 use peregrine_vmm::profile::Symbols;
 use peregrine_vmm::{MicroVm, VmConfig};
@@ -42,9 +44,13 @@ pub(crate) struct RunArgs {
     /// Set an environment variable in the guest; may be repeated
     #[arg(long = "env", short = 'e', value_name = "NAME=VALUE")]
     env: Vec<OsString>,
-    /// Working directory of the command in the guest
-    #[arg(long, default_value = "/root", value_name = "DIR")]
-    cwd: OsString,
+    /// Working directory of the command in the guest [default: the image's, else /root]
+    #[arg(long, value_name = "DIR")]
+    cwd: Option<OsString>,
+    /// Who runs the command: USER or USER:GROUP, numbers, or names of an image that has a name itself [default: the
+    /// image's, else root]
+    #[arg(long, value_name = "USER")]
+    user: Option<String>,
     /// Network profile; only `none` exists so far: the guest has a loopback interface and nothing else
     #[arg(long, default_value = "none", value_parser = ["none"], value_name = "PROFILE")]
     network: String,
@@ -69,8 +75,8 @@ pub(crate) struct RunArgs {
     /// Stacks are found by scanning: a frame may be missing, and seldom one is wrong.
     #[arg(long, value_name = "FILE")]
     profile_guest: Option<PathBuf>,
-    /// The command and its arguments
-    #[arg(last = true, required = true, value_name = "CMD")]
+    /// The command and its arguments [default: the image's entrypoint and command]
+    #[arg(last = true, required_unless_present = "image", value_name = "CMD")]
     command: Vec<OsString>,
 }
 
@@ -84,8 +90,18 @@ impl RunArgs {
 /// Does the verb; the value is the exit code.
 pub(crate) fn run(args: &RunArgs, cache: Option<PathBuf>) -> Result<u8, CliError> {
     let begun = Instant::now();
-    let command = command(args)?;
-    let artefacts = args.guest.prepare(cache, progress::for_stderr().as_mut())?;
+    let mut command = command(args)?;
+    let Prepared { artefacts, image } = args.guest.prepare(cache, progress::for_stderr().as_mut())?;
+    if let Some(image) = &image {
+        complete(&mut command, args, image)?;
+    }
+    if let (Some(user), None, None) = (&args.user, &image, command.user) {
+        let limit = "must be a number or two with a colon, unless the image has a name";
+        return Err(CliError::Argument { what: "--user", given: user.clone(), limit });
+    }
+    if command.argv.is_empty() {
+        return Err(CliError::NoCommand);
+    }
     let config = config(args, &artefacts);
     // Everything is checked before a template is made of it.
     let mut timing;
@@ -116,11 +132,11 @@ fn command(args: &RunArgs) -> Result<Command, CliError> {
     let bytes = |s: &OsString| s.as_bytes().to_vec();
     let argv: Vec<Vec<u8>> = args.command.iter().map(bytes).collect();
     let env = args.env.iter().map(check_env).collect::<Result<_, _>>()?;
-    let cwd = bytes(&args.cwd);
+    let cwd = args.cwd.as_ref().map_or_else(|| b"/root".to_vec(), bytes);
     if !cwd.starts_with(b"/") {
         return Err(CliError::Argument {
             what: "--cwd",
-            given: args.cwd.to_string_lossy().into_owned(),
+            given: String::from_utf8_lossy(&cwd).into_owned(),
             limit: "must be an absolute path",
         });
     }
@@ -128,7 +144,25 @@ fn command(args: &RunArgs) -> Result<Command, CliError> {
         let size = stdio::size();
         (size.rows, size.cols)
     });
-    Ok(Command { argv, env, cwd, terminal, stdin: true })
+    let user = args.user.as_deref().and_then(parse_user);
+    Ok(Command { argv, env, cwd, terminal, stdin: true, user })
+}
+
+/// What the caller left open is as the image says.
+fn complete(command: &mut Command, args: &RunArgs, image: &ReadyImage) -> Result<(), CliError> {
+    let user = match &args.user {
+        Some(user) => image.user(user)?,
+        None => image.config.user.clone(),
+    };
+    command.env = image.config.env_with(&command.env, &user);
+    command.user = (user.uid != 0 || user.gid != 0).then_some((user.uid, user.gid));
+    if command.argv.is_empty() {
+        command.argv = image.config.default_command().into_iter().map(String::into_bytes).collect();
+    }
+    if args.cwd.is_none() {
+        command.cwd = image.config.working_dir.clone().into_bytes();
+    }
+    Ok(())
 }
 
 fn check_env(given: &OsString) -> Result<Vec<u8>, CliError> {

@@ -60,7 +60,7 @@ fn open(cache: Option<PathBuf>) -> Result<Store, CliError> {
 
 fn build(guest: &GuestArgs, cache: Option<PathBuf>) -> Result<u8, CliError> {
     let mut progress = progress::for_stderr();
-    let artefacts = guest.prepare(cache, progress.as_mut())?;
+    let artefacts = guest.prepare(cache, progress.as_mut())?.artefacts;
     let config = guest.config(&artefacts);
     template::prepare(&artefacts.store, &config, progress.as_mut())?;
     let key = template::key(&config)?;

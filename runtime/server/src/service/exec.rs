@@ -134,6 +134,7 @@ impl Service {
             cwd: if request.cwd.is_empty() { b"/root".to_vec() } else { bytes(&request.cwd) },
             terminal: request.terminal,
             stdin,
+            user: None,
         };
         running.conversation.exec(&command).map_err(ServiceError::exec(&sandbox.id))
     }
