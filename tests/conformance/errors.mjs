@@ -103,9 +103,9 @@ assert.deepEqual(forks[0].value, forks[1].value);
 await fails('idempotency_key_reused', 'POST', `${at}/fork`, { headers, body: { count: 2 } });
 const child = `/v1/runs/${forks[0].value.forks[0].id}`;
 
-// A snapshot that is cut short is refused before anything runs.
+// A snapshot whose state is cut short is refused before anything runs. (Its memory may be linked to a template.)
 const snapshot = (await call('POST', `${child}/snapshot`)).value.snapshot_id;
-truncateSync(`${state}/snapshots/${snapshot}/memory`, 4096);
+truncateSync(`${state}/snapshots/${snapshot}/state`, 100);
 await fails('snapshot_refused', 'POST', '/v1/runs/restore', { body: { snapshot_id: snapshot } });
 await call('POST', `${child}/hibernate`);
 await fails('wrong_state', 'POST', `${child}/exec`, exec('true'));
