@@ -46,11 +46,11 @@ const at = `/v1/runs/${run.id}`;
 
 await step('a line is there before the next one is written', async () => {
   const seen = [];
-  for await (const event of events(`${at}/exec/stream`, { command: 'mkfifo /tmp/go; echo first; read line </tmp/go; echo $line >&2; exit 5' })) {
+  for await (const event of events(`${at}/exec/stream`, { command: 'mkfifo /tmp/go; echo first; read line </tmp/go; echo $line >&2; exit 5', timeout: 240 })) {
     seen.push(event);
     if (event.data === 'first\n') {
       // The command waits for this: were its first line held back, nothing would ever come.
-      const made = await call('POST', `${at}/exec`, { command: 'echo second >/tmp/go' });
+      const made = await call('POST', `${at}/exec`, { command: 'echo second >/tmp/go', timeout: 240 });
       assert.equal(made.status, 200);
     }
   }
@@ -59,7 +59,7 @@ await step('a line is there before the next one is written', async () => {
 });
 
 await step('a broken stream goes on from its last event', async () => {
-  const body = { command: "printf 'one\\n'; sleep 0.5; printf '\\377\\376'; sleep 0.5; echo three; exit 9" };
+  const body = { command: "printf 'one\\n'; sleep 0.5; printf '\\377\\376'; sleep 0.5; echo three; exit 9", timeout: 240 };
   let last;
   const abort = new AbortController();
   for await (const event of events(`${at}/exec/stream`, body, {}, abort.signal)) {

@@ -80,13 +80,6 @@ impl Fd {
     }
 }
 
-/// Moves bytes between a file and a pipe inside the kernel. 0 is the end.
-pub(crate) fn splice(from: &Fd, to: &Fd, bytes: usize) -> Result<usize, Errno> {
-    let flags = libc::SPLICE_F_MOVE as usize;
-    // SAFETY: null offset pointers mean "where it stands".
-    unsafe { syscall(libc::SYS_splice, [from.raw(), 0, to.raw(), 0, bytes, flags]) }
-}
-
 const LIST_BYTES: usize = 8192;
 /// Offsets in linux_dirent64 (getdents64(2)): d_reclen and d_name.
 const RECLEN_AT: usize = 16;

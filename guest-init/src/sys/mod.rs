@@ -24,7 +24,7 @@ use core::num::NonZeroU32;
 
 pub(crate) use files::{
     Looked, Watched, connect_loopback, make_new_directory, open_directory, open_for_reading,
-    open_for_writing, poll, splice, stdio,
+    open_for_writing, poll, stdio,
 };
 pub(crate) use gate::Gate;
 pub(crate) use io::{Epoll, Events, READABLE, Ready, WRITABLE, pipe};

@@ -103,16 +103,28 @@ pub async fn serve(
 }
 
 async fn connection(app: Rc<App>, stream: TcpStream, mut stop: watch::Receiver<bool>) {
+    let idle = Duration::from_secs(app.service.config.limits.idle_s);
+    // Ten thousand who say nothing must cost next to nothing: the buffers come with the first byte.
+    let said_something = tokio::select! {
+        readable = tokio::time::timeout(idle, stream.readable()) => matches!(readable, Ok(Ok(()))),
+        _ = stop.wait_for(|stop| *stop) => false,
+    };
+    if said_something {
+        Box::pin(converse(app, stream, stop, idle)).await;
+    }
+}
+
+async fn converse(app: Rc<App>, stream: TcpStream, mut stop: watch::Receiver<bool>, idle: Duration) {
     // Answers are small and waited for.
     let _ = stream.set_nodelay(true);
-    let limits = &app.service.config.limits;
-    let (idle, head) = (Duration::from_secs(limits.idle_s), Duration::from_secs(limits.head_s));
+    let head = Duration::from_secs(app.service.config.limits.head_s);
     let pace = Arc::new(Pace::default());
     let paced = Paced { stream, pace: Arc::clone(&pace) };
     let of_handler = Arc::clone(&pace);
+    // Boxed: between requests a connection has no room for one.
     let handler = service_fn(move |request| {
         let (app, answering) = (Rc::clone(&app), of_handler.answering());
-        async move { Ok::<_, Infallible>(lasting(answer(&app, request).await, answering)) }
+        Box::pin(async move { Ok::<_, Infallible>(lasting(answer(&app, request).await, answering)) })
     });
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(idle).max_buf_size(64 * 1024).pipeline_flush(true);
