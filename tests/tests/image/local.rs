@@ -1,13 +1,15 @@
 //! Images from a directory or an archive, and what a command finds in one.
 
 use super::{peregrine_in, stdout_of, text};
+use peregrine_image::oci::{self, Reference};
+use peregrine_image::{Silent, Store};
 use tests::kvm_or_skip;
-use tests::oci::{Compression, Layer, Layout, busybox_layer};
+use tests::oci::{Compression, Layer, Layout, busybox_layer, debian_tools};
 
 const APPLETS: &[&str] = &["sh", "cat", "id", "env", "pwd", "ls", "stat"];
 
-/// An image of three layers, one of each compression, that has no /proc, /dev, /sys, /tmp and /run.
-fn write_image(layout: &Layout) {
+/// An image of three layers, stored in different ways, that has no /proc, /dev, /sys, /tmp and /run.
+fn write_image(layout: &Layout, middle_compression: Compression) {
     let base = busybox_layer(APPLETS)
         .file("etc/passwd", b"root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001::/home/app:/bin/sh\n")
         .file("data/hidden", b"lower")
@@ -16,7 +18,7 @@ fn write_image(layout: &Layout) {
     let top = Layer::new().pax(&[("SCHILY.xattr.user.colour", b"blue")]).file("home/app/note", b"a note\n");
     let layers = [
         layout.layer(&base.tar(), Compression::Gzip),
-        layout.layer(&middle.tar(), Compression::Zstd),
+        layout.layer(&middle.tar(), middle_compression),
         layout.layer(&top.tar(), Compression::Plain),
     ];
     let config = serde_json::json!({
@@ -30,7 +32,7 @@ fn write_image(layout: &Layout) {
 fn a_layout_is_imported_and_its_configuration_is_how_commands_run() {
     let dir = tempfile::tempdir().unwrap();
     let layout = Layout::new(&dir.path().join("layout"));
-    write_image(&layout);
+    write_image(&layout, Compression::Zstd);
     let cache = dir.path().join("cache");
     let source = format!("{}:v1", layout.dir().display());
     let imported =
@@ -64,10 +66,42 @@ fn a_layout_is_imported_and_its_configuration_is_how_commands_run() {
 }
 
 #[test]
+fn archives_of_skopeo_are_the_image_that_they_were_made_from() {
+    debian_tools(&["skopeo"]);
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout::new(&dir.path().join("layout"));
+    // Docker's format has no zstd.
+    write_image(&layout, Compression::Gzip);
+    let store = Store::at(&dir.path().join("cache")).unwrap();
+    let import = |source: &str| {
+        let name = Reference::parse("some/app").unwrap();
+        oci::import(&store, source, &name, &mut Silent).unwrap_or_else(|e| panic!("{source}: {e}"))
+    };
+    let wanted = import(layout.dir().to_str().unwrap());
+    for (format, name) in [("docker-archive", "docker.tar"), ("oci-archive", "oci.tar")] {
+        let path = dir.path().join(name);
+        let output = std::process::Command::new("skopeo")
+            .args(["--insecure-policy", "copy", "--quiet"])
+            .arg(format!("oci:{}:v1", layout.dir().display()))
+            .arg(format!("{format}:{}:app:v2", path.display()))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        let found = import(path.to_str().unwrap());
+        // The same layers, however they are stored, are the same file and so the same template.
+        assert_eq!(
+            (&found.key, &found.path, &found.config),
+            (&wanted.key, &wanted.path, &wanted.config),
+            "{format}"
+        );
+    }
+}
+
+#[test]
 fn names_and_sources_that_are_wrong_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let layout = Layout::new(&dir.path().join("layout"));
-    write_image(&layout);
+    write_image(&layout, Compression::Zstd);
     let cache = dir.path().join("cache");
     let source = layout.dir().display().to_string();
     let elsewhere = format!("{source}:v2");

@@ -145,6 +145,33 @@ fn a_download_that_breaks_off_goes_on_where_it_stopped() {
 }
 
 #[test]
+fn what_an_earlier_process_left_is_gone_on_with_and_replaced_where_it_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout::new(&dir.path().join("layout"));
+    let wanted = write_image(&layout, "v1");
+    let layer = compress(&Layer::new().file("one", &noise(300_000)).tar(), Compression::Gzip);
+    let mut damaged = layer[..5000].to_vec();
+    damaged[100] ^= 1;
+    for (case, left, asked) in [("sound", &layer[..5000], 1), ("damaged", &damaged, 2)] {
+        let registry = FailingRegistry::start(&layout, Faults::default());
+        let cache = dir.path().join(case);
+        std::fs::create_dir_all(cache.join("blobs")).unwrap();
+        let hex = digest(&layer).replace("sha256:", "");
+        std::fs::write(cache.join("blobs").join(format!("{hex}.part")), left).unwrap();
+        let image = pull(&cache, &format!("{}/app:v1", registry.host()), &Registries::default()).unwrap();
+        assert_eq!(image.digest, wanted);
+        let ranges: Vec<_> = registry
+            .requests()
+            .into_iter()
+            .filter(|(path, _)| path.ends_with(&hex))
+            .map(|(_, range)| range)
+            .collect();
+        assert_eq!(ranges.len(), asked, "{case}: {ranges:?}");
+        assert_eq!(ranges[0], "bytes=5000-");
+    }
+}
+
+#[test]
 fn what_a_registry_cannot_or_will_not_give_is_told_apart() {
     let dir = tempfile::tempdir().unwrap();
     let layout = Layout::new(&dir.path().join("layout"));

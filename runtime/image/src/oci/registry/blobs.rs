@@ -102,15 +102,27 @@ impl Downloads<'_> {
         let part_path = complete.with_extension("part");
         let mut part = Part::open(&part_path, layer.size).map_err(Error::io("open", &part_path))?;
         self.done_bytes.fetch_add(part.bytes, Ordering::Relaxed);
-        self.fill(layer, &mut part)?;
-        if part.bytes < layer.size {
-            // Another worker has failed; what there is stays for the next time.
-            return Ok(());
-        }
-        let found = hex(&part.hasher.finalize());
-        if found != layer.digest.hex() {
-            let _ = fs::remove_file(&part_path);
-            return Err(self.repository.broken(format!("sends layer {} with SHA-256 {found}", layer.digest)));
+        let mut begun_before = part.bytes > 0;
+        loop {
+            self.fill(layer, &mut part)?;
+            if part.bytes < layer.size {
+                // Another worker has failed; what there is stays for the next time.
+                return Ok(());
+            }
+            let found = hex(&part.hasher.clone().finalize());
+            if found == layer.digest.hex() {
+                break;
+            }
+            if !begun_before {
+                let _ = fs::remove_file(&part_path);
+                return Err(self
+                    .repository
+                    .broken(format!("sends layer {} with SHA-256 {found}", layer.digest)));
+            }
+            // What an earlier download left may be to blame.
+            begun_before = false;
+            self.done_bytes.fetch_sub(part.bytes, Ordering::Relaxed);
+            part.restart().map_err(Error::io("empty", &part_path))?;
         }
         fs::rename(&part_path, &complete).map_err(Error::io("complete", &complete))?;
         let _ = fs::remove_file(&lock_path);
