@@ -8,6 +8,7 @@ pub mod density;
 pub mod fork;
 pub mod guest;
 pub mod hibernate;
+pub mod http;
 pub mod machine;
 pub mod missed;
 pub mod plot;

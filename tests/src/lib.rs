@@ -4,6 +4,7 @@
 
 pub mod bare;
 mod clone;
+pub mod daemon;
 pub mod sandbox;
 mod strace;
 

@@ -27,8 +27,8 @@ struct Args {
     into: Option<PathBuf>,
 }
 
-const SUITES: [&str; 9] =
-    ["boot", "guest", "create", "exec", "fork", "children", "hibernate", "density", "sustained"];
+const SUITES: [&str; 10] =
+    ["boot", "guest", "create", "exec", "fork", "children", "hibernate", "density", "sustained", "http"];
 
 fn run(suite: &str, artefacts: &Artefacts, args: &Args) -> Result<Vec<Recorder>, Box<dyn Error>> {
     let quick = args.quick;
@@ -45,6 +45,7 @@ fn run(suite: &str, artefacts: &Artefacts, args: &Args) -> Result<Vec<Recorder>,
         "children" => fork::children(artefacts, of(5, 20), counts(&[8], &[2, 8, 32, 100])),
         "hibernate" => hibernate::hibernate(artefacts, of(20, 200), dirty),
         "density" => density::density(artefacts, counts(&[50], &[50, 200])),
+        "http" => bench::http::suite(artefacts.store.root(), of(200, 2000)),
         _ => density::sustained(artefacts, of(5, 30)),
     }
 }
