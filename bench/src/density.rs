@@ -34,8 +34,28 @@ pub fn density(artefacts: &Artefacts, counts: &[u32]) -> Result<Vec<Recorder>, F
         each.count(used);
         all.push(each);
     }
-    drop(first);
+    all.push(idle(&first)?);
     Ok(all)
+}
+
+/// What an idle clone's kernel does all the same.
+fn idle(clone: &Going) -> Result<Recorder, Failure> {
+    let mut emulated = row(
+        "idle clone, emulated",
+        "guest instructions that KVM emulates for an idle clone, in ten seconds",
+        None,
+        "256 MiB",
+        Unit::Thousands,
+    );
+    let count = || clone.worker.stats().map(|stats| stats.emulated_instructions);
+    for _ in 0..3 {
+        let before = count()?;
+        std::thread::sleep(Duration::from_secs(10));
+        if let (Some(before), Some(after)) = (before, count()?) {
+            emulated.count(after - before);
+        }
+    }
+    Ok(emulated)
 }
 
 /// What each of `count` idle clones takes of the host's memory, in KiB. They end; one must be there before, so

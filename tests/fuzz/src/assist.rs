@@ -2,7 +2,7 @@
 //!
 //! Promises: no panic, nothing outside RAM touched (guard pages), at most one exception, an answer.
 
-use crate::cpu::{OPCODES, PREFIXES, general, kernel, processor};
+use crate::cpu::{OPCODES, PREFIXES, general, intel, kernel};
 use crate::guarded;
 use arbitrary::{Result, Unstructured};
 use peregrine_vmm::assist::{HostCpu, assist};
@@ -19,7 +19,7 @@ const PT: u64 = 0x4000;
 const DATA: u64 = 0xffff_8800_0000_0000;
 
 thread_local! {
-    static MACHINE: RefCell<(HostCpu, GuestMemory)> = RefCell::new((processor(), guarded::memory(&RAM)));
+    static MACHINE: RefCell<(HostCpu, GuestMemory)> = RefCell::new((intel(), guarded::memory(&RAM)));
 }
 
 /// One execution.

@@ -4,7 +4,7 @@
 //! not let a supervisor write, and with the right bytes (an [`crate::oracle`] says which); only RCX changes;
 //! one call does at most its share; it stops early only where an access would fault.
 
-use crate::cpu::{FakeCpu, kernel, processor, set_pkru};
+use crate::cpu::{FakeCpu, intel, kernel, set_pkru};
 use crate::guarded;
 use crate::oracle::{Ram, walk};
 use arbitrary::{Result, Unstructured};
@@ -47,7 +47,7 @@ impl Machine {
         };
         let mut pristine: [Vec<u8>; 2] = RAM.map(bytes);
         pristine[0][..TABLES_BYTES].fill(0);
-        Self { cpu: kernel(), host: processor(), mem: guarded::memory(&RAM), pristine }
+        Self { cpu: kernel(), host: intel(), mem: guarded::memory(&RAM), pristine }
     }
 }
 

@@ -10,7 +10,7 @@ const WRITABLE: u64 = 2;
 const USER: u64 = 4;
 const LARGE: u64 = 0x80;
 const FRAME: u64 = 0x000f_ffff_ffff_f000;
-/// Bits 46 to 51: over the width of [`crate::cpu::processor`].
+/// Bits 46 to 51: over the width of [`crate::cpu::intel`].
 const TOO_HIGH: u64 = 0x000f_c000_0000_0000;
 const NO_EXECUTE: u64 = 1 << 63;
 

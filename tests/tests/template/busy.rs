@@ -12,7 +12,7 @@ use tests::{BOOT_TIMEOUT, Clone, PATIENCE, config, kvm_or_skip};
 /// What the guest does while it is frozen: vector work on its first CPU, a sleep, and a count that survives.
 const WORK: &str =
     "echo begun > /tmp/work; /tmp/registers switch 1500 > /tmp/vectors 2>&1; echo done > /tmp/vectors.done";
-const SLEEP: &str = "echo begun > /tmp/sleeper; sleep 3; echo woken > /tmp/sleeper";
+const SLEEP: &str = "echo begun > /tmp/sleeper; sleep 10; echo woken > /tmp/sleeper";
 
 /// Boots, starts the work, freezes.
 fn freeze() -> Stored {

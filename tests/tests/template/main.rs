@@ -78,6 +78,17 @@ fn a_clone_runs_commands_with_streams_and_exit_code() {
 }
 
 #[test]
+fn a_clones_kernel_does_not_wake_for_housekeeping() {
+    if !kvm_or_skip("a_clones_kernel_does_not_wake_for_housekeeping") {
+        return;
+    }
+    let _turn = turn();
+    let mut clone = shared().clone();
+    let periods = "cat /proc/sys/vm/compaction_proactiveness /proc/sys/vm/stat_interval";
+    assert_eq!(clone.said(periods), "0\n600");
+}
+
+#[test]
 fn vector_registers_survive_context_switches_in_a_clone() {
     if !kvm_or_skip("vector_registers_survive_context_switches_in_a_clone") {
         return;

@@ -2,7 +2,7 @@
 //! which take this file in as a module of theirs (a feature for them would have the whole crate built twice).
 //! The parent module has the names that are imported here.
 
-use super::{CpuState, Exception};
+use super::{CpuState, Exception, HostCpu};
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use std::io;
 use vm_memory::{Bytes as _, GuestAddress, GuestMemoryMmap};
@@ -50,6 +50,23 @@ pub(crate) fn general(regs: &mut kvm_regs) -> [&mut u64; 16] {
         &mut regs.r14,
         &mut regs.r15,
     ]
+}
+
+/// A processor as Intel makes them: a hole where MPX was, PKRU, and AMX aligned when compacted.
+pub(crate) fn intel() -> HostCpu {
+    HostCpu::from_cpuid(|leaf, subleaf| match (leaf, subleaf) {
+        (0xd, 0) => [0x602e7, 0, 0, 0],
+        (0xd, 2) => [256, 576, 0, 0],
+        (0xd, 5) => [64, 1088, 0, 0],
+        (0xd, 6) => [512, 1152, 0, 0],
+        (0xd, 7) => [1024, 1664, 0, 0],
+        (0xd, 9) => [8, 2688, 0, 0],
+        (0xd, 17) => [64, 2752, 2, 0],
+        (0xd, 18) => [8192, 2816, 6, 0],
+        (0x8000_0000, _) => [0x8000_0008, 0, 0, 0],
+        (0x8000_0008, _) => [46, 0, 0, 0],
+        _ => [0; 4],
+    })
 }
 
 /// A vCPU of plain data: it holds what it is given.

@@ -16,7 +16,7 @@ use kvm_bindings::{kvm_regs, kvm_sregs};
 use proptest::prelude::ProptestConfig;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::fake::FakeCpu;
+pub(crate) use super::fake::{FakeCpu, intel};
 use super::{Exception, HostCpu, Op, Unassisted, assist};
 
 pub(crate) const PRESENT: u64 = 1;
@@ -177,23 +177,6 @@ impl Machine {
         assert_eq!(self.cpu.injected.len(), 1, "one exception");
         self.cpu.injected.remove(0)
     }
-}
-
-/// A processor as Intel makes them: a hole where MPX was, PKRU, and AMX aligned when compacted.
-pub(crate) fn intel() -> HostCpu {
-    HostCpu::from_cpuid(|leaf, subleaf| match (leaf, subleaf) {
-        (0xd, 0) => [0x602e7, 0, 0, 0],
-        (0xd, 2) => [256, 576, 0, 0],
-        (0xd, 5) => [64, 1088, 0, 0],
-        (0xd, 6) => [512, 1152, 0, 0],
-        (0xd, 7) => [1024, 1664, 0, 0],
-        (0xd, 9) => [8, 2688, 0, 0],
-        (0xd, 17) => [64, 2752, 2, 0],
-        (0xd, 18) => [8192, 2816, 6, 0],
-        (0x8000_0000, _) => [0x8000_0008, 0, 0, 0],
-        (0x8000_0008, _) => [46, 0, 0, 0],
-        _ => [0; 4],
-    })
 }
 
 pub(crate) fn general_protection() -> Exception {
