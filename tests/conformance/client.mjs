@@ -1,4 +1,5 @@
 // Every method of the published client. Ends with a non-zero code at the first that does not do what it promises.
+import { createServer } from 'node:http';
 import assert from 'node:assert/strict';
 import { Isorun, IsorunError } from 'isorun';
 
@@ -95,6 +96,9 @@ assert.equal(usage.activeSandboxes, 0);
 assert.equal(usage.historySandboxes, past.length);
 assert.ok(usage.totalCostCents >= bill.costCents);
 
-await assert.rejects(client.create({ image: 'no/such:image' }), (error) =>
+const registry = createServer((_, response) => response.writeHead(404).end());
+await new Promise((resolve) => registry.listen(0, '127.0.0.1', resolve));
+await assert.rejects(client.create({ image: `127.0.0.1:${registry.address().port}/no/such:image` }), (error) =>
   error instanceof IsorunError && error.status === 404 && JSON.parse(error.body).code === 'image_not_found');
+registry.close();
 client.close();

@@ -2,6 +2,7 @@
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { copyFileSync, mkdirSync, readdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
+import { createServer } from 'node:http';
 import { DatabaseSync } from 'node:sqlite';
 
 const { ISORUN_API_URL: base, ISORUN_API_KEY: key, PEREGRINE: program, PEREGRINE_STATE: state, DAEMON_PID: daemon } = process.env;
@@ -75,7 +76,21 @@ await fails('no_route', 'GET', '/nothing');
 await fails('method_not_allowed', 'PUT', '/v1/runs');
 await fails('sandbox_not_found', 'GET', '/v1/runs/run00000000000000000000');
 await fails('snapshot_not_found', 'DELETE', '/v1/snapshots/snap0');
-await fails('image_not_found', 'POST', '/v1/runs', { body: { image: 'no/such' } });
+
+// Images: a registry on loopback that knows none, lets nobody in, or is broken, by the image's name.
+const registry = createServer((request, response) => {
+  const status = request.url.includes('/closed') ? 403 : request.url.includes('/broken') ? 400 : 404;
+  const errors = status === 404 ? [{ code: 'MANIFEST_UNKNOWN', message: 'manifest unknown' }] : [];
+  response.writeHead(request.url === '/v2/' ? 200 : status, { 'content-type': 'application/json' });
+  response.end(JSON.stringify({ errors }));
+});
+await new Promise((resolve) => registry.listen(0, '127.0.0.1', resolve));
+const image = (name) => ({ body: { image: `127.0.0.1:${registry.address().port}/${name}` } });
+await fails('image_not_found', 'POST', '/v1/runs', image('no/such'));
+await fails('image_refused', 'POST', '/v1/runs', image('closed/image'));
+await fails('registry_failed', 'POST', '/v1/runs', image('broken/image'));
+await fails('bad_input', 'POST', '/v1/runs', { body: { image: 'No Name' } });
+registry.close();
 await fails('pool_not_found', 'DELETE', '/v1/pools/none');
 await fails('stream_not_found', 'POST', `${at}/exec/stream`, { headers: { 'last-event-id': 'x0-1' } });
 await fails('too_large', 'POST', `${at}/exec`, { body: { command: 'x'.repeat(2 << 20) } });

@@ -76,6 +76,8 @@ codes! {
     NoStream = "stream_not_found", NOT_FOUND;
     /// No such file in the sandbox.
     NoFile = "file_not_found", NOT_FOUND;
+    /// The image's registry does not give it to this runner.
+    ImageRefused = "image_refused", FORBIDDEN;
     /// The route is there, the method is not.
     Method = "method_not_allowed", METHOD_NOT_ALLOWED;
     /// Not in the sandbox's present state.
@@ -94,6 +96,8 @@ codes! {
     RateLimited = "rate_limited", TOO_MANY_REQUESTS;
     /// What should not be.
     Internal = "internal", INTERNAL_SERVER_ERROR;
+    /// The image's registry cannot be reached, or gives what is no image.
+    Registry = "registry_failed", BAD_GATEWAY;
     /// Nothing listens on the sandbox's port.
     NoPort = "port_not_open", BAD_GATEWAY;
     /// Not now.
@@ -141,6 +145,17 @@ impl ApiError {
     }
 }
 
+fn of_image(error: &peregrine_image::Error) -> Code {
+    use peregrine_image::Error;
+    match error {
+        Error::Reference { .. } => Code::BadInput,
+        Error::ImageNotFound { .. } => Code::NoImage,
+        Error::ImageRefused { .. } => Code::ImageRefused,
+        Error::Registry { .. } | Error::BadContent { .. } | Error::Layer { .. } => Code::Registry,
+        _ => Code::Internal,
+    }
+}
+
 impl From<ServiceError> for ApiError {
     fn from(error: ServiceError) -> Self {
         let text = error.to_string();
@@ -151,6 +166,7 @@ impl From<ServiceError> for ApiError {
             ServiceError::NotFound { what: "pool", .. } => Code::NoPool,
             ServiceError::NotFound { what: "command", .. } => Code::NoStream,
             ServiceError::NotFound { .. } => Code::NoSandbox,
+            ServiceError::Image(error) => of_image(error),
             ServiceError::WrongState { .. } => Code::WrongState,
             ServiceError::File { why: FileProblem::Missing, .. } => Code::NoFile,
             ServiceError::File { .. } => Code::BadFile,

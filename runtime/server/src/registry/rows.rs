@@ -1,5 +1,6 @@
 //! The rows, as they are kept: JSON, so that a field may be added.
 
+use crate::images::Image;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -17,6 +18,8 @@ pub struct RunRow {
     pub reason: Option<String>,
     /// The image as it was named.
     pub image: String,
+    /// What that meant then.
+    pub root: Image,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Memory.
@@ -67,6 +70,8 @@ pub struct SnapshotRow {
     pub dir: PathBuf,
     /// What a sandbox made from it gets.
     pub image: String,
+    /// What the image's name meant then.
+    pub root: Image,
     /// Virtual CPUs.
     pub vcpus: u32,
     /// Memory.

@@ -9,6 +9,7 @@ fn run(id: &str, tenant: &str, ended_us: Option<i64>) -> RunRow {
         status: if ended_us.is_some() { "destroyed" } else { "running" }.to_owned(),
         reason: None,
         image: "default".to_owned(),
+        root: crate::images::Image::default(),
         vcpus: 1,
         mem_mib: 2048,
         disk_mib: 0,

@@ -5,7 +5,7 @@ use super::templates::{Shape, Template};
 use super::{Service, ServiceError, Usage, ids};
 use crate::conversation::Conversation;
 use crate::executor;
-use crate::images;
+use crate::images::{self, Image};
 use crate::pool::CheckedOut;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
@@ -70,7 +70,7 @@ impl Service {
         request: &CreateRequest,
     ) -> Result<Rc<Sandbox>, ServiceError> {
         let begun = Instant::now();
-        let spec = self.spec(request)?;
+        let spec = self.spec(request).await?;
         self.admit(tenant, 1, &spec.shape)?;
         let _making = Making::new(&self.making);
         let template = self.templates.get(&spec.shape, &self.pool).await?;
@@ -107,12 +107,20 @@ impl Service {
         }
     }
 
+    /// The image of this name; one that is not here is pulled.
+    pub(super) async fn image(&self, name: &str) -> Result<Image, ServiceError> {
+        let (aliases, artefacts) = (&self.config.image_aliases, self.templates.artefacts());
+        if let Some(image) = images::built_in(name, aliases, artefacts) {
+            return Ok(image);
+        }
+        let (name, aliases, artefacts) = (name.to_owned(), aliases.clone(), artefacts.clone());
+        Ok(executor::blocking(move || images::find_or_pull(&name, &aliases, &artefacts)).await?)
+    }
+
     /// What is asked for, with the defaults, if it can be.
-    fn spec(&self, request: &CreateRequest) -> Result<Spec, ServiceError> {
+    async fn spec(&self, request: &CreateRequest) -> Result<Spec, ServiceError> {
         let (defaults, limits) = (&self.config.defaults, &self.config.limits);
         let name = request.image.as_deref().unwrap_or(&defaults.image);
-        let image = images::resolve(name, &self.config.image_aliases, self.templates.artefacts())
-            .ok_or_else(|| ServiceError::NotFound { what: "image", name: name.to_owned() })?;
         let vcpus = request.vcpus.unwrap_or(defaults.vcpus);
         let mem_mib = request.mem_mib.unwrap_or(defaults.mem_mib);
         if !(1..=limits.vcpus_per_sandbox).contains(&vcpus) {
@@ -132,7 +140,8 @@ impl Service {
         }
         let timeout_s = request.timeout_s.unwrap_or(seconds(defaults.timeout_s));
         Ok(Spec {
-            shape: Shape { image, vcpus, mem_mib },
+            // Last: it may take long.
+            shape: Shape { image: self.image(name).await?, vcpus, mem_mib },
             disk_mib: request.disk_mib.unwrap_or(defaults.disk_mib),
             timeout: idleness(timeout_s)?,
             sleeps_when_idle: request.sleeps_when_idle,

@@ -52,6 +52,9 @@ pub enum ServiceError {
         /// Why.
         why: String,
     },
+    /// The image cannot be had.
+    #[error(transparent)]
+    Image(#[from] peregrine_image::Error),
     /// What was saved cannot be restored here.
     #[error("the snapshot is refused: {0}")]
     SnapshotRefused(String),

@@ -127,14 +127,16 @@ impl Service {
         let data = json!({ "program": request.argv[0], "terminal": request.terminal.is_some() });
         self.journal.append(&sandbox.tenant, &sandbox.id, "exec.start", data)?;
         let bytes = |text: &String| text.clone().into_bytes();
-        let env = sandbox.spec.env.iter().chain(&request.env).map(bytes);
+        let image = &sandbox.spec.shape.image;
+        let given: Vec<String> = sandbox.spec.env.iter().chain(&request.env).cloned().collect();
+        let cwd = Some(&request.cwd).filter(|cwd| !cwd.is_empty()).or(image.working_dir.as_ref());
         let command = Command {
             argv: request.argv.iter().map(bytes).collect(),
-            env: env.collect(),
-            cwd: if request.cwd.is_empty() { b"/root".to_vec() } else { bytes(&request.cwd) },
+            env: image.env_with(&given).into_iter().map(bytes).collect(),
+            cwd: cwd.map_or_else(|| b"/root".to_vec(), bytes),
             terminal: request.terminal,
             stdin,
-            user: None,
+            user: image.user,
         };
         running.conversation.exec(&command).map_err(ServiceError::exec(&sandbox.id))
     }

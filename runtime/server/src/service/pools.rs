@@ -3,7 +3,6 @@
 use super::templates::on_demand;
 use super::{Service, ServiceError, Shape};
 use crate::config::PoolSpec;
-use crate::images;
 use crate::pool::PoolStats;
 use prewarm::Policy;
 use std::rc::Rc;
@@ -28,6 +27,7 @@ pub struct PoolView {
 #[derive(Debug, Clone)]
 pub(super) struct Kept {
     spec: PoolSpec,
+    shape: Shape,
     error: Option<String>,
 }
 
@@ -51,12 +51,13 @@ impl Service {
         if !spec.refill_per_s.is_finite() || spec.refill_per_s < 0.0 {
             return Err(ServiceError::bad("refill_per_s", "must be 0 or more"));
         }
-        self.pool_shape(&spec)?;
+        let shape = self.pool_shape(&spec).await?;
         let id = name(&spec);
-        self.pools.borrow_mut().insert(id.clone(), Kept { spec: spec.clone(), error: None });
+        let kept = Kept { spec: spec.clone(), shape: shape.clone(), error: None };
+        self.pools.borrow_mut().insert(id.clone(), kept);
         let (service, of) = (Rc::clone(self), id.clone());
         crate::executor::spawn(async move {
-            let result = service.keep(&spec).await;
+            let result = service.keep(&spec, &shape).await;
             if let (Err(error), Some(kept)) = (result, service.pools.borrow_mut().get_mut(&of)) {
                 tracing::error!(pool = of, %error, "a pool is not kept");
                 kept.error = Some(error.to_string());
@@ -65,16 +66,14 @@ impl Service {
         self.pool_view(&id).await
     }
 
-    fn pool_shape(&self, spec: &PoolSpec) -> Result<Shape, ServiceError> {
-        let image = images::resolve(&spec.image, &self.config.image_aliases, self.templates.artefacts())
-            .ok_or_else(|| ServiceError::NotFound { what: "image", name: spec.image.clone() })?;
+    async fn pool_shape(&self, spec: &PoolSpec) -> Result<Shape, ServiceError> {
         peregrine_vmm::vm::check_size(spec.vcpus, spec.mem_mib)
             .map_err(|error| ServiceError::bad("mem_mib", error.to_string()))?;
-        Ok(Shape { image, vcpus: spec.vcpus, mem_mib: spec.mem_mib })
+        Ok(Shape { image: self.image(&spec.image).await?, vcpus: spec.vcpus, mem_mib: spec.mem_mib })
     }
 
-    async fn keep(&self, spec: &PoolSpec) -> Result<(), ServiceError> {
-        let template = self.templates.get(&self.pool_shape(spec)?, &self.pool).await?;
+    async fn keep(&self, spec: &PoolSpec, shape: &Shape) -> Result<(), ServiceError> {
+        let template = self.templates.get(shape, &self.pool).await?;
         let policy = Policy {
             low: spec.min,
             high: spec.max,
@@ -93,7 +92,7 @@ impl Service {
     pub async fn pool_view(&self, id: &str) -> Result<PoolView, ServiceError> {
         let kept = self.pools.borrow().get(id).cloned();
         let kept = kept.ok_or_else(|| ServiceError::NotFound { what: "pool", name: id.to_owned() })?;
-        let stats = match self.templates.made(&self.pool_shape(&kept.spec)?) {
+        let stats = match self.templates.made(&kept.shape) {
             Some(template) => self.pool.stats(Rc::clone(&template.key)).await,
             None => None,
         };
@@ -115,9 +114,9 @@ impl Service {
     /// # Errors
     /// If there is none.
     pub async fn remove_pool(&self, id: &str) -> Result<(), ServiceError> {
-        let view = self.pool_view(id).await?;
-        self.pools.borrow_mut().remove(id);
-        if let Some(template) = self.templates.made(&self.pool_shape(&view.spec)?) {
+        let kept = self.pools.borrow_mut().remove(id);
+        let kept = kept.ok_or_else(|| ServiceError::NotFound { what: "pool", name: id.to_owned() })?;
+        if let Some(template) = self.templates.made(&kept.shape) {
             // On demand it is still there for whoever asks.
             self.pool.add(Rc::clone(&template.key), template.source.clone(), on_demand()).await?;
         }

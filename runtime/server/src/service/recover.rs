@@ -4,7 +4,6 @@
 use super::sandbox::{Sandbox, Spec, State, Tenant};
 use super::templates::Shape;
 use super::{Service, Usage};
-use crate::images;
 use crate::registry::{RegistryError, RunRow};
 use jiff::Timestamp;
 use std::collections::BTreeSet;
@@ -46,10 +45,9 @@ impl Service {
     /// The sandbox of a row, if it sleeps and still can wake.
     fn wake_row(&self, row: &RunRow) -> Option<Rc<Sandbox>> {
         let dir = row.sleeps_in.clone().filter(|dir| dir.join("state").is_file())?;
-        let image = images::resolve(&row.image, &self.config.image_aliases, self.templates.artefacts())?;
         let timeout = row.timeout_s.map(Duration::from_secs);
         let spec = Spec {
-            shape: Shape { image, vcpus: row.vcpus, mem_mib: row.mem_mib },
+            shape: Shape { image: row.root.clone(), vcpus: row.vcpus, mem_mib: row.mem_mib },
             disk_mib: row.disk_mib,
             timeout,
             sleeps_when_idle: row.sleeps_when_idle,

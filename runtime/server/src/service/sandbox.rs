@@ -231,6 +231,7 @@ impl Sandbox {
             status: state.name().to_owned(),
             reason: if let State::Lost(why) = &*state { Some(why.clone()) } else { None },
             image: self.spec.shape.image.name.clone(),
+            root: self.spec.shape.image.clone(),
             vcpus: self.spec.shape.vcpus,
             mem_mib: self.spec.shape.mem_mib,
             disk_mib: self.spec.disk_mib,

@@ -7,7 +7,6 @@ use super::sandbox::{Running, Sandbox, Spec, Tenant};
 use super::templates::Shape;
 use super::{Service, ServiceError, ids};
 use crate::executor;
-use crate::images;
 use crate::pool::{Shell, Source};
 use crate::registry::SnapshotRow;
 use jiff::Timestamp;
@@ -43,6 +42,7 @@ impl Service {
             created_us: Timestamp::now().as_microsecond(),
             dir: dir.clone(),
             image: spec.shape.image.name.clone(),
+            root: spec.shape.image.clone(),
             vcpus: spec.shape.vcpus,
             mem_mib: spec.shape.mem_mib,
             disk_mib: spec.disk_mib,
@@ -87,9 +87,7 @@ impl Service {
     pub async fn restore(self: &Rc<Self>, tenant: &Tenant, id: &str) -> Result<Rc<Sandbox>, ServiceError> {
         let begun = Instant::now();
         let row = self.stored(tenant, id)?;
-        let image = images::resolve(&row.image, &self.config.image_aliases, self.templates.artefacts())
-            .ok_or_else(|| ServiceError::NotFound { what: "image", name: row.image.clone() })?;
-        let shape = Shape { image, vcpus: row.vcpus, mem_mib: row.mem_mib };
+        let shape = Shape { image: row.root, vcpus: row.vcpus, mem_mib: row.mem_mib };
         self.admit(tenant, 1, &shape)?;
         let spec = Spec {
             shape,
