@@ -4,6 +4,12 @@
 
 pub mod boot;
 pub mod clone;
+pub mod density;
+pub mod fork;
 pub mod guest;
+pub mod hibernate;
+pub mod http;
 pub mod machine;
+pub mod missed;
+pub mod plot;
 pub mod record;

@@ -27,6 +27,38 @@ pub enum Unit {
     Thousands,
     /// Memory in MiB, kept as KiB.
     Mebibytes,
+    /// A rate, kept as thousandths. The more the better: its percentiles are those of the slowest.
+    PerSecond,
+}
+
+/// What a promise's cost may grow with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Axis {
+    /// Memory of the guest in MiB.
+    MemoryMib,
+    /// What the guest has written since its template, in MiB.
+    DirtyMib,
+    /// Children of one fork.
+    Children,
+    /// Clones alive at once.
+    Clones,
+}
+
+impl Axis {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::MemoryMib, Self::DirtyMib, Self::Children, Self::Clones];
+
+    /// Its name in words.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::MemoryMib => "guest memory, MiB",
+            Self::DirtyMib => "written since the template, MiB",
+            Self::Children => "children of one fork",
+            Self::Clones => "clones",
+        }
+    }
 }
 
 impl Unit {
@@ -34,7 +66,7 @@ impl Unit {
     fn scale(self) -> f64 {
         match self {
             Self::Milliseconds => 1e6,
-            Self::Thousands => 1e3,
+            Self::Thousands | Self::PerSecond => 1e3,
             Self::Mebibytes => 1024.0,
         }
     }
@@ -44,6 +76,7 @@ impl Unit {
             Self::Milliseconds => "ms",
             Self::Thousands => "thousand",
             Self::Mebibytes => "MiB",
+            Self::PerSecond => "per s",
         }
     }
 }
@@ -54,6 +87,7 @@ pub struct Recorder {
     promise: Promise,
     variant: String,
     unit: Unit,
+    on: Option<(Axis, u64)>,
     // Three significant digits: durations in nanoseconds up to an hour, counts as they are.
     samples: Histogram<u64>,
 }
@@ -68,7 +102,7 @@ impl Recorder {
     #[must_use]
     pub fn new(promise: Promise, variant: impl Into<String>, unit: Unit) -> Self {
         let samples = Histogram::new_with_bounds(1, LARGEST, 3).unwrap_or_else(|e| panic!("{e}"));
-        Self { promise, variant: variant.into(), unit, samples }
+        Self { promise, variant: variant.into(), unit, on: None, samples }
     }
 
     /// Adds a duration.
@@ -81,18 +115,32 @@ impl Recorder {
         self.samples.saturating_record(sample);
     }
 
+    /// Adds a rate per second.
+    pub fn rate(&mut self, sample: f64) {
+        self.samples.saturating_record((sample * 1e3) as u64);
+    }
+
+    /// Puts it on a scale axis.
+    #[must_use]
+    pub fn on(self, axis: Axis, at: u64) -> Self {
+        Self { on: Some((axis, at)), ..self }
+    }
+
     fn at(&self, quantile: f64) -> f64 {
+        let quantile = if self.unit == Unit::PerSecond { 1.0 - quantile } else { quantile };
         self.samples.value_at_quantile(quantile) as f64 / self.unit.scale()
     }
 
     /// The row of the report.
     #[must_use]
     pub fn row(&self, machine: &Machine) -> Row {
-        Row {
+        let mut row = Row {
             promise: self.promise.name.clone(),
             definition: self.promise.definition.clone(),
             variant: self.variant.clone(),
             unit: self.unit.name().to_owned(),
+            axis: self.on.map(|(axis, _)| axis),
+            at: self.on.map(|(_, at)| at),
             n: self.samples.len(),
             p50: self.at(0.5),
             p99: self.at(0.99),
@@ -103,7 +151,13 @@ impl Recorder {
             cpu: machine.cpu.clone(),
             commit: machine.commit.clone(),
             date: machine.date.clone(),
+            reason: None,
+            would_close: None,
+        };
+        if let Some(miss) = row.misses().then(|| crate::missed::of(&row.promise)).flatten() {
+            (row.reason, row.would_close) = (Some(miss.reason.to_owned()), Some(miss.would_close.to_owned()));
         }
+        row
     }
 }
 
@@ -118,6 +172,12 @@ pub struct Row {
     pub variant: String,
     /// Unit of the figures.
     pub unit: String,
+    /// Which scale axis it lies on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub axis: Option<Axis>,
+    /// Where on it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub at: Option<u64>,
     /// Samples.
     pub n: u64,
     /// Median.
@@ -138,6 +198,23 @@ pub struct Row {
     pub commit: String,
     /// Day of the run.
     pub date: String,
+    /// Why a goal is missed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// What would reach it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub would_close: Option<String>,
+}
+
+impl Row {
+    /// Is one of its goals missed?
+    #[must_use]
+    pub fn misses(&self) -> bool {
+        // Of a rate there should be more.
+        let worse = |figure: f64, goal: f64| if self.unit == "per s" { figure < goal } else { figure > goal };
+        let missed = |figure, goal: Option<f64>| self.n > 0 && goal.is_some_and(|goal| worse(figure, goal));
+        missed(self.p50, self.goal_p50) || missed(self.p999, self.goal_p999)
+    }
 }
 
 /// The report for people: a Markdown table, with the change against the run before where there is one.
@@ -163,6 +240,7 @@ pub fn markdown(rows: &[Row], before: &[Row], machine: &Machine) -> String {
         );
     }
     out += "\nWith fewer than 1,000 samples p99.9 is the slowest sample seen, not an estimate.\n\n";
+    out += &missed_goals(rows);
     let mut named = Vec::new();
     for r in rows {
         if !named.contains(&&r.promise) {
@@ -170,6 +248,31 @@ pub fn markdown(rows: &[Row], before: &[Row], machine: &Machine) -> String {
             named.push(&r.promise);
         }
     }
+    out
+}
+
+/// The goals that are missed, with the reason and what would close the gap; a line for each promise.
+fn missed_goals(rows: &[Row]) -> String {
+    let missed: Vec<&Row> = beside_each_other(rows).into_iter().filter(|row| row.misses()).collect();
+    if missed.is_empty() {
+        return "Every goal is met.\n\n## Definitions\n\n".to_owned();
+    }
+    let mut out =
+        "## Missed goals\n\n| promise | variants | why | what would close it |\n|---|---|---|---|\n"
+            .to_owned();
+    for of_promise in missed.chunk_by(|a, b| a.promise == b.promise) {
+        let variants: Vec<_> = of_promise.iter().map(|row| row.variant.as_str()).collect();
+        let text = |text: &Option<String>| text.clone().unwrap_or_else(|| "not known".to_owned());
+        let first = of_promise[0];
+        out += &format!(
+            "| {} | {} | {} | {} |\n",
+            first.promise,
+            variants.join(", "),
+            text(&first.reason),
+            text(&first.would_close)
+        );
+    }
+    out += "\n## Definitions\n\n";
     out
 }
 
@@ -181,6 +284,7 @@ fn beside_each_other(rows: &[Row]) -> Vec<&Row> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
@@ -214,6 +318,28 @@ mod tests {
         let text = markdown(&[row.clone(), row.clone()], &[Row { p50: 7.0, ..row }], &machine);
         assert_eq!(text.matches("a to b").count(), 1);
         assert!(text.contains("| 7.000 |"), "{text}");
+    }
+
+    #[test]
+    fn a_missed_goal_stands_in_the_report_and_a_rate_is_missed_when_it_is_lower() {
+        let machine = Machine::of_this_host();
+        let of = |goal_p50, unit| {
+            let promise = Promise { name: "hibernate".to_owned(), goal_p50: Some(goal_p50), ..promise() };
+            let mut recorder = Recorder::new(promise, "16 MiB", unit);
+            if unit == Unit::PerSecond {
+                recorder.rate(5.0);
+            } else {
+                recorder.duration(Duration::from_millis(5));
+            }
+            recorder.row(&machine)
+        };
+        let (missed, met) = (of(4.0, Unit::Milliseconds), of(6.0, Unit::Milliseconds));
+        assert!(missed.misses() && missed.reason.is_some() && missed.would_close.is_some());
+        assert!(!met.misses() && met.reason.is_none());
+        assert!(of(6.0, Unit::PerSecond).misses() && !of(4.0, Unit::PerSecond).misses());
+        let text = markdown(std::slice::from_ref(&missed), &[], &machine);
+        assert!(text.contains(&format!("| hibernate | 16 MiB | {} |", missed.reason.unwrap())), "{text}");
+        assert!(markdown(&[met], &[], &machine).contains("Every goal is met"));
     }
 
     #[test]

@@ -90,6 +90,7 @@ struct Core<'m> {
     children: ChildEvents,
     children_due: bool,
     null: Fd,
+    own: Fd,
     listener: Option<Fd>,
     accept_due: bool,
     connection: Option<Connection>,
@@ -123,6 +124,7 @@ impl<'m> Agent<'m> {
     ) -> Result<Self, Errno> {
         let Memory { inbox, outbox, scratch, streams, rings } = memory;
         let null = Fd::null()?;
+        let own = Fd::own_program()?;
         let children = ChildEvents::new()?;
         let epoll = Epoll::new()?;
         epoll.watch(children.fd(), READABLE, CHILDREN_KEY)?;
@@ -134,6 +136,7 @@ impl<'m> Agent<'m> {
             children,
             children_due: false,
             null,
+            own,
             listener: None,
             accept_due: false,
             connection: None,
@@ -542,6 +545,7 @@ impl Core<'_> {
                 let means = Means {
                     epoll: &self.epoll,
                     null: &self.null,
+                    own: &self.own,
                     patient: self.patient,
                     scratch: self.scratch,
                 };

@@ -3,7 +3,9 @@
 
 use core::ffi::CStr;
 
-use guest_init::{EXEC_CLEAN_ENV, EXEC_LAZY_STARTED, EXEC_PTY, EXEC_STDIN, EXEC_USER, Exec, Stage};
+use guest_init::{
+    EXEC_CLEAN_ENV, EXEC_LAZY_STARTED, EXEC_PTY, EXEC_SELF, EXEC_STDIN, EXEC_USER, Exec, Stage,
+};
 
 use crate::stream::{Stream, Wiring};
 use crate::sys::{
@@ -21,6 +23,8 @@ const TERM: &CStr = c"TERM=xterm-256color";
 pub(crate) struct Means<'a> {
     pub(crate) epoll: &'a Epoll,
     pub(crate) null: &'a Fd,
+    /// The agent's own program.
+    pub(crate) own: &'a Fd,
     /// The agent's scheduling is not a command's.
     pub(crate) patient: bool,
     pub(crate) scratch: &'a mut Scratch,
@@ -54,6 +58,7 @@ pub(crate) fn start(id: u32, exec: &Exec<'_>, key: u64, means: Means<'_>) -> Res
         SpawnRequest {
             // The decoder has refused an empty argv.
             program: exec.argv.iter().next().unwrap_or(c""),
+            own: (exec.flags & EXEC_SELF != 0).then_some(means.own),
             argv: exec.argv.iter(),
             env: environment(exec, user),
             search: exec

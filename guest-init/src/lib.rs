@@ -42,8 +42,8 @@
 //!
 //! **Freezing.** `Freeze` is answered by no frame: once all it has to say is sent, the agent writes
 //! [`GATE_FREEZE`] to [`GATE_REGISTER`], and every clone of the guest begins behind that instruction. It then
-//! reads the register and takes as many bytes of frames from the mailbox, before any from its connection. A
-//! guest that cannot reach the register (a kernel without /dev/mem) goes on, and the host gives up waiting.
+//! reads the register, takes as many bytes of frames from the mailbox, before any from its connection, and
+//! writes [`GATE_TAKEN`]. A guest that cannot reach the register (a kernel without /dev/mem) goes on, and the host gives up waiting.
 //!
 //! **Errors.** A frame that cannot be understood is answered with `Error` and the connection is
 //! closed; commands go on.
@@ -59,7 +59,7 @@ pub use wire::to_host::{ErrorCode, ExecFailed, Exited, Hello, Outcome, Stage, To
 pub use wire::{Header, Kind, WireError};
 
 /// Version of everything in this crate; the first two payload bytes of `Hello`, for ever.
-pub const VERSION: u16 = 2;
+pub const VERSION: u16 = 3;
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 12;
 /// Most payload bytes one frame may carry.
@@ -78,6 +78,8 @@ pub const AGENT_PORT: u32 = 1024;
 pub const GATE_REGISTER: u64 = 0xd00f_f000;
 /// What the agent writes to [`GATE_REGISTER`].
 pub const GATE_FREEZE: u32 = 1;
+/// What the agent writes to [`GATE_REGISTER`] when it has read the mailbox.
+pub const GATE_TAKEN: u32 = 2;
 /// Guest-physical address of the mailbox: RAM that the kernel is told to leave alone.
 pub const GATE_MAILBOX: u64 = 0x5_0000;
 /// Size of the mailbox, a multiple of the page size. What the host leaves there are whole frames.
@@ -105,6 +107,22 @@ pub const EXEC_USER: u8 = 1 << 3;
 /// `Exec`: `Started` need not be sent at once, it may travel with the first output or the exit.
 /// A short command then costs one packet instead of two or three.
 pub const EXEC_LAZY_STARTED: u8 = 1 << 4;
+/// `Exec`: the program is the agent's own, whatever the image holds; argv is [`TOOL_ARGV`] and what follows.
+pub const EXEC_SELF: u8 = 1 << 5;
+
+/// How an argv for [`EXEC_SELF`] begins. Then comes one of
+///
+/// ```text
+/// read PATH      a regular file: TOOL_STAT_BYTES (size u64, mode u32, mtime i64), then its bytes to stdout
+/// write PATH     stdin becomes the file; its directories are made
+/// list PATH      per entry: size u64, mode u32, mtime i64, length of the name u16, the name
+/// connect PORT   a TCP connection to the guest's loopback: one byte 0, then both ways until both ends close
+/// ```
+///
+/// The exit code is Linux's error number, 0 for none.
+pub const TOOL_ARGV: [&str; 2] = ["peregrine-tool", "--tool"];
+/// What comes before a file's bytes and, with a name's length, before each name.
+pub const TOOL_STAT_BYTES: usize = 20;
 
 /// `Started`: the command runs since an earlier connection.
 pub const STARTED_RESUMED: u8 = 1 << 0;

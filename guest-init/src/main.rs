@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! guest-init                                   as PID 1: boot, connect by vsock, serve for ever
+//! guest-init --tool VERB ARGUMENT              a command of a sandbox: files and ports, see tool.rs
 //! guest-init --serve-fd N [--listen-fd M]      for tests: no mounts; serve the connected socket N, then
 //!                                              those accepted on M; ends when there is neither
 //! ```
@@ -22,6 +23,7 @@ mod ring;
 mod stream;
 mod sys;
 mod text;
+mod tool;
 
 use core::ffi::CStr;
 
@@ -36,6 +38,10 @@ static MEMORY: TakeOnce<Memory> = TakeOnce::new(Memory::ZERO);
 
 /// Where both ways of starting lead.
 fn enter(arguments: Arguments) -> ! {
+    let mut words = arguments;
+    if words.next().is_some_and(|word| word.to_bytes() == b"--tool") {
+        tool::run(words);
+    }
     let entered_ns = sys::boottime_ns();
     let Some(memory) = MEMORY.take() else { fail("entered twice", None) };
     match hosted(arguments) {

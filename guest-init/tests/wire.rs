@@ -2,9 +2,9 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use guest_init::{
-    Adopt, Decoder, EXEC_PTY, EXEC_USER, ErrorCode, ExecFailed, ExecRequest, Exited, FRAME_MAX_BYTES, Frame,
-    HEADER_BYTES, Header, Hello, Kind, Outcome, PAYLOAD_MAX_BYTES, Stage, ToGuest, ToHost, WireError,
-    parse_user,
+    Adopt, Decoder, EXEC_PTY, EXEC_SELF, EXEC_USER, ErrorCode, ExecFailed, ExecRequest, Exited,
+    FRAME_MAX_BYTES, Frame, HEADER_BYTES, Header, Hello, Kind, Outcome, PAYLOAD_MAX_BYTES, Stage, TOOL_ARGV,
+    ToGuest, ToHost, VERSION, WireError, parse_user,
 };
 use proptest::prelude::*;
 
@@ -30,6 +30,18 @@ fn one_frame(bytes: &[u8]) -> Frame<'_> {
     let header = Header::from_bytes(bytes.first_chunk::<HEADER_BYTES>().unwrap()).unwrap();
     let Header { kind, flags, stream, .. } = header;
     Frame { kind, flags, stream, payload: &bytes[HEADER_BYTES..] }
+}
+
+#[test]
+fn a_command_of_the_agents_own_program_is_a_flag_of_this_version() {
+    let request = ExecRequest { flags: EXEC_SELF, argv: &TOOL_ARGV, ..ExecRequest::default() };
+    let mut buffer = [0; 256];
+    let len = request.encode(1, &mut buffer).unwrap();
+    assert_eq!((VERSION, buffer[1]), (3, 0x20));
+    let ToGuest::Exec(exec) = ToGuest::parse(&one_frame(&buffer[..len])).unwrap() else { panic!("no Exec") };
+    assert_eq!((exec.flags, exec.argv.count()), (EXEC_SELF, 2));
+    buffer[1] = 0x40;
+    assert!(ToGuest::parse(&one_frame(&buffer[..len])).is_err());
 }
 
 #[test]

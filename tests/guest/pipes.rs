@@ -1,6 +1,7 @@
 //! A program for the guest and, to compare with, the host: do pipes behave as Linux's? It prints what the
 //! system calls returned, line by line; the guest's kernel, which copies runs of pages at once, has to print
-//! what the host's does. Data that came out other than it went in ends the program.
+//! what the host's does. Data that came out other than it went in ends the program. Each `expect` is a check:
+//! where one fails the program ends with its words, and the test fails.
 //!
 //! Built by the tests with rustc alone, as one static file.
 

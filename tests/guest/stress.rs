@@ -1,7 +1,7 @@
 //! A program for the guest and, to compare with, the host: work that is hard on a kernel, with a digest of
 //! what came of it. `stress SCALE DIR PART...` prints a line `PART DIGEST` for each part; the digest depends
 //! on SCALE and part alone, so that guest and host must agree. What a kernel gets wrong in between ends the
-//! program with words.
+//! program with words: each `expect` is a check whose failure fails the test.
 //!
 //! Built by the tests with rustc alone, as one static file; the few C functions it needs are declared here.
 

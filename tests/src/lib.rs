@@ -1,13 +1,17 @@
 //! What the tests of the whole stand on: one Linux microVM that a test binary boots once and shares, its
-//! clones, bare kernels of a few bytes for what Linux cannot be asked to do, and the built `peregrine`
+//! clones, sandboxes in workers, faults of system calls, bare kernels of a few bytes for what Linux cannot be asked to do, and the built `peregrine`
 //! command.
 
 pub mod bare;
 mod clone;
+pub mod daemon;
 pub mod oci;
 pub mod registry;
+pub mod sandbox;
+mod strace;
 
 pub use clone::{Clone, PATIENCE};
+pub use strace::{Strace, kill};
 
 use guest_init::ToHost;
 use peregrine::artefacts::{Artefacts, Wanted};
@@ -15,6 +19,7 @@ use peregrine_image::Lines;
 use peregrine_vmm::agent::{Agent, Boot, Command, Grants, Output};
 use peregrine_vmm::{DiskConfig, MicroVm, VmConfig};
 use std::ops::ControlFlow;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process;
 use std::sync::{Mutex, OnceLock, PoisonError};
@@ -38,6 +43,24 @@ pub fn kvm_or_skip(test: &str) -> bool {
             false
         }
     }
+}
+
+/// Can faults be injected here: is there a KVM, are we root, are the tools in the PATH? Else as
+/// [`kvm_or_skip`].
+#[must_use]
+pub fn faults_or_skip(test: &str, tools: &[&str]) -> bool {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = |tool: &&str| std::env::split_paths(&path).any(|dir| dir.join(tool).exists());
+    let root = std::fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0);
+    let missing: Vec<_> = tools.iter().filter(|tool| !found(tool)).copied().collect();
+    if root && missing.is_empty() {
+        return kvm_or_skip(test);
+    }
+    let why =
+        format!("{test} needs root{}", missing.iter().map(|tool| format!(", {tool}")).collect::<String>());
+    assert!(std::env::var_os("PEREGRINE_REQUIRE_KVM").is_none(), "{why}; PEREGRINE_REQUIRE_KVM is set");
+    eprintln!("SKIPPED {why}");
+    false
 }
 
 /// The kernel, agent disk and default image, built once for all tests. `PEREGRINE_TEST_KERNEL` names another

@@ -1,45 +1,11 @@
 //! Live forks of a running guest, on real KVM: what children share with their parent, and what they must not.
 #![allow(clippy::unwrap_used)]
 
-use peregrine::template;
-use peregrine_image::Lines;
-use peregrine_vmm::agent::{Agent, Command, Identity};
-use peregrine_vmm::worker::{Going, Parked, Worker};
-use std::ffi::OsStr;
-use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use peregrine_vmm::agent::Command;
+use peregrine_vmm::worker::Going;
 use std::time::Duration;
-use tests::{artefacts, config, kvm_or_skip, peregrine};
-
-const PATIENCE: Duration = Duration::from_secs(120);
-
-/// One test at a time; the template is made once.
-fn turn() -> (MutexGuard<'static, ()>, PathBuf) {
-    static TURN: Mutex<()> = Mutex::new(());
-    static TEMPLATE: OnceLock<PathBuf> = OnceLock::new();
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let dir = TEMPLATE.get_or_init(|| {
-        let store = &artefacts().store;
-        template::prepare(store, &config(1, 128), &mut Lines::new(std::io::stderr())).unwrap().dir
-    });
-    (turn, dir.clone())
-}
-
-fn parked(dir: &std::path::Path) -> Parked {
-    let worker = Worker::spawn(peregrine(), &[OsStr::new("worker")]).unwrap();
-    worker.prepare(dir, &config(1, 128).disks).unwrap()
-}
-
-fn go(parked: Parked) -> Going {
-    parked.go(&Identity::fresh().unwrap(), PATIENCE).unwrap()
-}
-
-fn sh(agent: &mut Agent, script: &str) -> String {
-    agent.set_timeout(Some(PATIENCE)).unwrap();
-    let output = agent.output(&Command::new(&["/bin/sh", "-c", script]), b"").unwrap();
-    assert_eq!(output.code(), 0, "{script}: {}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap().trim_end().to_owned()
-}
+use tests::sandbox::{go, parked, sh, turn};
+use tests::{PATIENCE, kvm_or_skip};
 
 #[test]
 fn children_have_the_parents_memory_files_and_processes_and_then_each_its_own() {

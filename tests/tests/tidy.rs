@@ -59,12 +59,25 @@ fn dependencies_between_rooms_point_one_way() {
         ("prewarm", &[]),
         ("runtime/vmm", &["guest-init"]),
         ("runtime/image", &[]),
-        ("runtime/server", &["guest-init", "peregrine-vmm", "peregrine-image", "prewarm"]),
+        ("runtime/audit", &[]),
+        ("runtime/server", &["guest-init", "peregrine-vmm", "peregrine-image", "peregrine-audit", "prewarm"]),
         ("bench", &["peregrine", "peregrine-vmm", "peregrine-image", "tests"]),
-        ("tests", &["peregrine", "peregrine-vmm", "peregrine-image", "guest-init", "prewarm"]),
+        (
+            "tests",
+            &["peregrine", "peregrine-vmm", "peregrine-image", "peregrine-audit", "guest-init", "prewarm"],
+        ),
         ("tests/fuzz", &["peregrine-vmm", "peregrine-image", "guest-init"]),
     ]);
-    let ours = ["guest-init", "prewarm", "peregrine-vmm", "peregrine-image", "peregrine", "bench", "tests"];
+    let ours = [
+        "guest-init",
+        "prewarm",
+        "peregrine-vmm",
+        "peregrine-image",
+        "peregrine-audit",
+        "peregrine",
+        "bench",
+        "tests",
+    ];
     for (room, may) in allowed {
         let manifest = std::fs::read_to_string(root().join(room).join("Cargo.toml")).unwrap();
         for name in ours {

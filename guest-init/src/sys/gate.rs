@@ -4,7 +4,7 @@
 use core::ffi::c_int;
 use core::ptr;
 
-use guest_init::{GATE_FREEZE, GATE_MAILBOX, GATE_MAILBOX_BYTES, GATE_REGISTER};
+use guest_init::{GATE_FREEZE, GATE_MAILBOX, GATE_MAILBOX_BYTES, GATE_REGISTER, GATE_TAKEN};
 
 use super::raw::syscall;
 use super::{Errno, Fd};
@@ -33,9 +33,15 @@ impl Gate {
     /// Stands still until the host lets the guest go on: this instruction is where clones of it begin. Then
     /// copies what the host has left for it to `into` and says how much that is.
     pub(crate) fn freeze(self, into: &mut [u8]) -> usize {
-        // SAFETY: the register page is mapped for ever, and each access is one exit to the VMM.
+        // SAFETY: register page and mailbox are mapped for ever. Each access to the register is one exit to the
+        // VMM, which may keep the guest in the second for long: what is touched before that need not be
+        // mapped, or copied, after it.
         let len = unsafe {
             ptr::write_volatile(self.register, GATE_FREEZE);
+            let first = ptr::read_volatile(self.mailbox);
+            if let Some(byte) = into.first_mut() {
+                ptr::write_volatile(byte, first);
+            }
             ptr::read_volatile(self.register)
         };
         let len = (len as usize).min(into.len()).min(GATE_MAILBOX_BYTES);
@@ -44,6 +50,8 @@ impl Gate {
             // stands still.
             *byte = unsafe { ptr::read_volatile(self.mailbox.add(at)) };
         }
+        // SAFETY: as above.
+        unsafe { ptr::write_volatile(self.register, GATE_TAKEN) };
         len
     }
 }

@@ -40,6 +40,11 @@ impl Fd {
         Ok(null)
     }
 
+    /// This program's file, wherever it lies: the image's root does not lead to it.
+    pub(crate) fn own_program() -> Result<Fd, Errno> {
+        Fd::open(c"/proc/self/exe", libc::O_PATH)
+    }
+
     pub(crate) fn read(&self, into: &mut [u8]) -> Result<usize, Errno> {
         // SAFETY: the kernel writes at most `into.len()` bytes to `into`.
         unsafe { syscall(libc::SYS_read, [self.raw(), into.as_mut_ptr() as usize, into.len(), 0, 0, 0]) }
@@ -81,7 +86,7 @@ impl Fd {
         unsafe { syscall(libc::SYS_splice, [self.raw(), 0, null.raw(), 0, bytes, flags]) }
     }
 
-    fn never_wait(&self) -> Result<(), Errno> {
+    pub(super) fn never_wait(&self) -> Result<(), Errno> {
         // Both ends of a fresh pipe have no other status flags to keep.
         // SAFETY: takes no pointers.
         unsafe {

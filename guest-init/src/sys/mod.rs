@@ -8,6 +8,7 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("the agent knows the system call conventions of x86-64 Linux only");
 
+mod files;
 mod gate;
 mod io;
 mod once;
@@ -21,6 +22,10 @@ mod terminal;
 
 use core::num::NonZeroU32;
 
+pub(crate) use files::{
+    Looked, Watched, connect_loopback, make_new_directory, open_directory, open_for_reading,
+    open_for_writing, poll, splice, stdio,
+};
 pub(crate) use gate::Gate;
 pub(crate) use io::{Epoll, Events, READABLE, Ready, WRITABLE, pipe};
 pub(crate) use once::TakeOnce;
@@ -43,6 +48,8 @@ impl Errno {
     pub(crate) const AGAIN: Errno = Errno(libc::EAGAIN);
     pub(crate) const EXIST: Errno = Errno(libc::EEXIST);
     pub(crate) const INTR: Errno = Errno(libc::EINTR);
+    pub(crate) const INVAL: Errno = Errno(libc::EINVAL);
+    pub(crate) const ISDIR: Errno = Errno(libc::EISDIR);
     pub(crate) const NOENT: Errno = Errno(libc::ENOENT);
     pub(crate) const PERM: Errno = Errno(libc::EPERM);
     pub(crate) const TOOBIG: Errno = Errno(libc::E2BIG);

@@ -36,6 +36,8 @@ impl Scratch {
 pub(crate) struct SpawnRequest<'a, A, E> {
     /// The program as it was named: with a slash a path, else to be found in `search`.
     pub(crate) program: &'a CStr,
+    /// The agent's own program instead.
+    pub(crate) own: Option<&'a Fd>,
     pub(crate) argv: A,
     pub(crate) env: E,
     /// Directories with colons between.
@@ -61,6 +63,7 @@ pub(crate) struct SpawnFailed {
 /// What the child reads, and where it says what went wrong.
 struct Plan {
     program: *const c_char,
+    own: Option<usize>,
     argv: *const usize,
     envp: *const usize,
     search: *const u8,
@@ -88,6 +91,7 @@ where
         .ok_or(SpawnFailed { errno: Errno::TOOBIG, stage: Stage::Limits })?;
     let mut plan = Plan {
         program: request.program.as_ptr(),
+        own: request.own.map(Fd::raw),
         argv: scratch.strings.as_ptr(),
         envp: scratch.strings[env_at..].as_ptr(),
         search: request.search.as_ptr(),
@@ -207,6 +211,13 @@ unsafe fn execute(plan: &Plan) -> Errno {
     let try_path = |path: *const c_char| unsafe {
         syscall(libc::SYS_execve, [path as usize, plan.argv as usize, plan.envp as usize, 0, 0, 0])
     };
+    if let Some(fd) = plan.own {
+        let (argv, envp, flags) = (plan.argv as usize, plan.envp as usize, libc::AT_EMPTY_PATH as usize);
+        // SAFETY: argv and envp as above; an empty path means the open file itself.
+        let result =
+            unsafe { syscall(libc::SYS_execveat, [fd, c"".as_ptr() as usize, argv, envp, flags, 0]) };
+        return result.err().unwrap_or(Errno::NOENT);
+    }
     // SAFETY: the plan's strings are valid, and the path memory is the child's for now.
     let (program, search, path) = unsafe {
         let search = core::slice::from_raw_parts(plan.search, plan.search_bytes);

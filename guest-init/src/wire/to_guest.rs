@@ -6,11 +6,11 @@ use super::decode::Frame;
 use super::fields::{Reader, Strings, Writer, at_most};
 use super::{Kind, WireError};
 use crate::{
-    ENTROPY_MAX_BYTES, EXEC_CLEAN_ENV, EXEC_LAZY_STARTED, EXEC_PTY, EXEC_STDIN, EXEC_USER,
+    ENTROPY_MAX_BYTES, EXEC_CLEAN_ENV, EXEC_LAZY_STARTED, EXEC_PTY, EXEC_SELF, EXEC_STDIN, EXEC_USER,
     HOSTNAME_MAX_BYTES, ID_BYTES,
 };
 
-const EXEC_FLAGS: u8 = EXEC_PTY | EXEC_STDIN | EXEC_CLEAN_ENV | EXEC_USER | EXEC_LAZY_STARTED;
+const EXEC_FLAGS: u8 = EXEC_PTY | EXEC_STDIN | EXEC_CLEAN_ENV | EXEC_USER | EXEC_LAZY_STARTED | EXEC_SELF;
 
 /// A frame from the host, taken apart; it borrows the frame.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -184,6 +184,12 @@ impl Command {
     }
 }
 
+impl From<&Agent> for AgentState {
+    fn from(agent: &Agent) -> Self {
+        agent.own_state()
+    }
+}
+
 impl AgentState {
     /// Adds what the connection holds unread, and keeps what is no whole frame.
     pub(crate) fn add_unread(&mut self, socket: &UnixStream) -> Result<(), AgentError> {
@@ -280,6 +286,13 @@ impl Agent {
             streams: self.streams.iter().copied().collect(),
             unread: self.decoder.pending().to_vec(),
         }
+    }
+
+    /// The connection, and where the conversation on it stands: for an owner who does not block.
+    #[must_use]
+    pub fn into_parts(self) -> (UnixStream, AgentState) {
+        let state = self.own_state();
+        (self.socket, state)
     }
 
     /// Gives up waiting for the guest after `timeout` without a byte from it; `None` waits for ever.

@@ -81,6 +81,9 @@ pub enum VmmError {
     /// The microVM has stopped, so it cannot be paused.
     #[error("the microVM has stopped")]
     Stopped,
+    /// The microVM is restored and waits to be told who it is; it has no state of its own yet.
+    #[error("the microVM was not let go yet; let it go before it is forked or saved")]
+    NotGoing,
     /// The conversation with the agent cannot be saved.
     #[error("the agent's connection: {0}")]
     Agent(String),

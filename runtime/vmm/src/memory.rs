@@ -4,10 +4,13 @@
 //!
 //! The ranges of RAM lie one after the other in a memory image, so a guest-physical address below the device
 //! hole is also an offset in it.
+#![allow(unsafe_code)]
 
 use crate::VmmError;
 use crate::arch::layout;
+use crate::snapshot::Run;
 use std::fs::File;
+use std::os::fd::AsRawFd as _;
 use std::sync::Arc;
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend as _, GuestMemoryMmap, GuestMemoryRegion as _,
@@ -45,6 +48,48 @@ pub fn map_shared(mem_mib: u64, file: &Arc<File>) -> Result<GuestMemory, VmmErro
 /// As [`allocate`].
 pub fn map_private(mem_mib: u64, file: &Arc<File>) -> Result<GuestMemory, VmmError> {
     map(mem_mib, Some(file), libc::MAP_PRIVATE)
+}
+
+/// Maps pages of `file`, which lie in it one after the other, privately over those of a private mapping whose place they take. No
+/// KVM and no device may know `mem` yet.
+///
+/// # Errors
+/// [`VmmError::Memory`] for a run that does not lie within one range of RAM; runs before it are mapped then.
+pub fn map_pages(mem: &GuestMemory, file: &Arc<File>, runs: &[Run]) -> Result<(), VmmError> {
+    const PAGE_BYTES: u64 = 4096;
+    let mut offset = 0;
+    for run in runs {
+        let refused = || VmmError::Memory(format!("pages {} to {} are not its own", run.first, run.end()));
+        let bytes = run.pages.checked_mul(PAGE_BYTES).filter(|bytes| *bytes > 0).ok_or_else(refused)?;
+        let at = run.first.checked_mul(PAGE_BYTES).ok_or_else(refused)?;
+        let mut left = at;
+        let region = mem.iter().find(|region| {
+            let inside = left < region.len();
+            left = if inside { left } else { left - region.len() };
+            inside
+        });
+        let region = region.filter(|region| bytes <= region.len() - left).ok_or_else(refused)?;
+        // SAFETY: `left` lies inside the region's mapping.
+        let place = unsafe { region.as_ptr().add(left as usize) };
+        // SAFETY: the range lies inside the region's mapping (checked above) and stays mapped, with the same
+        // rights; nobody holds a reference into it (the caller's part).
+        let mapped = unsafe {
+            libc::mmap(
+                place.cast(),
+                bytes as usize,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                file.as_raw_fd(),
+                offset as libc::off_t,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            let source = std::io::Error::last_os_error();
+            return Err(VmmError::Os { what: "cannot map the snapshot's pages", source });
+        }
+        offset += bytes;
+    }
+    Ok(())
 }
 
 fn map(mem_mib: u64, file: Option<&Arc<File>>, flags: i32) -> Result<GuestMemory, VmmError> {

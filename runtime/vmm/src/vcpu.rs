@@ -16,7 +16,7 @@ use crate::profile;
 use crate::sys::{kick, kvm as raw};
 use crate::vcpu_state::VcpuSnapshot;
 use crate::vm::{Shared, StopReason};
-use guest_init::GATE_FREEZE;
+use guest_init::{GATE_FREEZE, GATE_TAKEN};
 use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use std::sync::{Arc, OnceLock};
@@ -235,8 +235,10 @@ impl Vcpu {
                 Next::Run
             }
             Ok(VcpuExit::MmioWrite(layout::GATE_REGISTER, data)) => {
-                if data == GATE_FREEZE.to_le_bytes() {
-                    self.shared.freeze();
+                match data.try_into().map(u32::from_le_bytes) {
+                    Ok(GATE_FREEZE) => self.shared.freeze(),
+                    Ok(GATE_TAKEN) => self.shared.note_taken(),
+                    _ => {}
                 }
                 Next::Run
             }

@@ -2,7 +2,7 @@
 //!
 //! Promises: no panic, nothing outside RAM touched (guard pages), at most one exception, an answer.
 
-use crate::cpu::{Cpu, processor};
+use crate::cpu::{OPCODES, PREFIXES, general, kernel, processor};
 use crate::guarded;
 use arbitrary::{Result, Unstructured};
 use peregrine_vmm::assist::{HostCpu, assist};
@@ -18,28 +18,6 @@ const PT: u64 = 0x4000;
 /// Where the first page of the second range is mapped.
 const DATA: u64 = 0xffff_8800_0000_0000;
 
-const PREFIXES: &[&[u8]] =
-    &[&[], &[0x48], &[0x66], &[0xf2], &[0xf3], &[0xf3, 0x48], &[0x65, 0x48], &[0xf0, 0x48], &[0x36, 0x67]];
-const OPCODES: &[&[u8]] = &[
-    &[0x0f, 0xae],
-    &[0x0f, 0xc7],
-    &[0x0f, 0xb8],
-    &[0x0f, 0xbc],
-    &[0x0f, 0xbd],
-    &[0x0f, 0x00],
-    &[0x0f, 0x01],
-    &[0x0f, 0x02],
-    &[0x0f, 0x03],
-    &[0x0f, 0x38, 0xf0],
-    &[0x0f, 0x38, 0xf1],
-    &[0xc4, 0xe2],
-    &[0xc4, 0xe2, 0x60, 0xf2],
-    &[0xc4, 0xe2, 0x72, 0xf7],
-    &[0x9b],
-    &[0xcc],
-    &[],
-];
-
 thread_local! {
     static MACHINE: RefCell<(HostCpu, GuestMemory)> = RefCell::new((processor(), guarded::memory(&RAM)));
 }
@@ -52,7 +30,7 @@ pub fn target(data: &[u8]) {
 }
 
 fn execute(host: &HostCpu, mem: &GuestMemory, u: &mut Unstructured<'_>) -> Result<()> {
-    let mut cpu = Cpu::default();
+    let mut cpu = kernel();
     let control: u64 = u.arbitrary()?;
     cpu.sregs.cr3 = PML4;
     // WP and TS; LA57, SMAP, PKE, OSFXSR and OSXSAVE; NXE.
@@ -63,27 +41,14 @@ fn execute(host: &HostCpu, mem: &GuestMemory, u: &mut Unstructured<'_>) -> Resul
         cpu.xcr0 = u.arbitrary()?;
     }
     write_tables(mem, u)?;
-    let regs = &mut cpu.regs;
-    for register in [
-        &mut regs.rax,
-        &mut regs.rbx,
-        &mut regs.rcx,
-        &mut regs.rdx,
-        &mut regs.rsi,
-        &mut regs.rdi,
-        &mut regs.rsp,
-        &mut regs.rbp,
-        &mut regs.r8,
-        &mut regs.r9,
-        &mut regs.r15,
-        &mut regs.rip,
-        &mut regs.rflags,
-    ] {
+    for register in general(&mut cpu.regs) {
         *register = number(u)?;
     }
+    (cpu.regs.rip, cpu.regs.rflags) = (number(u)?, number(u)?);
     cpu.sregs.fs.base = number(u)?;
     cpu.sregs.gs.base = number(u)?;
-    let code = [*u.choose(PREFIXES)?, *u.choose(OPCODES)?, u.bytes(u.len().min(8))?].concat();
+    let opcode = if u.ratio(1, 16)? { &[] } else { *u.choose(OPCODES)? };
+    let code = [*u.choose(PREFIXES)?, opcode, u.bytes(u.len().min(8))?].concat();
     let rip = cpu.regs.rip;
     let given = if u.ratio(1, 8)? { &[][..] } else { &code };
     match assist(&mut cpu, host, mem, given) {

@@ -4,7 +4,7 @@
 //! not let a supervisor write, and with the right bytes (an [`crate::oracle`] says which); only RCX changes;
 //! one call does at most its share; it stops early only where an access would fault.
 
-use crate::cpu::{Cpu, processor};
+use crate::cpu::{FakeCpu, kernel, processor, set_pkru};
 use crate::guarded;
 use crate::oracle::{Ram, walk};
 use arbitrary::{Result, Unstructured};
@@ -33,7 +33,7 @@ const COPY: u32 = 1;
 const FILL: u32 = 2;
 
 struct Machine {
-    cpu: Cpu,
+    cpu: FakeCpu,
     host: HostCpu,
     mem: GuestMemory,
     /// RAM as every execution finds it, but for the tables.
@@ -47,7 +47,7 @@ impl Machine {
         };
         let mut pristine: [Vec<u8>; 2] = RAM.map(bytes);
         pristine[0][..TABLES_BYTES].fill(0);
-        Self { cpu: Cpu::default(), host: processor(), mem: guarded::memory(&RAM), pristine }
+        Self { cpu: kernel(), host: processor(), mem: guarded::memory(&RAM), pristine }
     }
 }
 
@@ -93,10 +93,10 @@ fn execute(machine: &mut Machine, u: &mut Unstructured<'_>) -> Result<()> {
 }
 
 /// Control bits that change what a supervisor may do; gives PKRU.
-fn set_control(cpu: &mut Cpu, u: &mut Unstructured<'_>) -> Result<u32> {
+fn set_control(cpu: &mut FakeCpu, u: &mut Unstructured<'_>) -> Result<u32> {
     let bits: u8 = u.arbitrary()?;
     let bit = |n: u8| u64::from(bits >> n & 1);
-    let defaults = Cpu::default();
+    let defaults = kernel();
     cpu.sregs.cr0 = defaults.sregs.cr0 & !(1 << 16) | bit(0) << 16;
     cpu.sregs.cr4 = defaults.sregs.cr4 | bit(1) << 12 | bit(2) << 21 | bit(3) << 22;
     cpu.sregs.efer = 0x500 | bit(4) << 11;
@@ -104,7 +104,7 @@ fn set_control(cpu: &mut Cpu, u: &mut Unstructured<'_>) -> Result<u32> {
     let top = if bit(1) == 1 { PML5 } else { PML4 };
     cpu.sregs.cr3 = if u.ratio(1, 32)? { u.arbitrary()? } else { top | u64::from(bits) & 0x18 };
     let pkru = if u.arbitrary()? { u.arbitrary()? } else { 0 };
-    cpu.set_pkru(pkru);
+    set_pkru(cpu, pkru);
     Ok(pkru)
 }
 
@@ -205,7 +205,7 @@ struct Call {
 }
 
 impl Call {
-    fn check(&self, cpu: &Cpu, mut ram: Ram, mem: &GuestMemory) {
+    fn check(&self, cpu: &FakeCpu, mut ram: Ram, mem: &GuestMemory) {
         let Some(pieces) = self.pieces(cpu, &mut ram) else {
             // The call may have changed the tables it was walking.
             return;
@@ -226,7 +226,7 @@ impl Call {
 
     /// What was done, in pieces of one page on either side: target, source, length. `None` if its outcome
     /// depends on the order of things: tables or its own source among what it wrote.
-    fn pieces(&self, cpu: &Cpu, ram: &mut Ram) -> Option<Vec<(u64, Option<u64>, usize)>> {
+    fn pieces(&self, cpu: &FakeCpu, ram: &mut Ram) -> Option<Vec<(u64, Option<u64>, usize)>> {
         let mut pieces: Vec<(u64, Option<u64>, usize)> = Vec::new();
         let tangled = |ram: &Ram, pieces: &[(u64, Option<u64>, usize)]| {
             let source =
@@ -255,7 +255,7 @@ impl Call {
     }
 
     /// Work that stopped early stopped for a reason.
-    fn check_end(&self, cpu: &Cpu, ram: &mut Ram, pieces: &[(u64, Option<u64>, usize)]) {
+    fn check_end(&self, cpu: &FakeCpu, ram: &mut Ram, pieces: &[(u64, Option<u64>, usize)]) {
         let known = matches!(self.operation, COPY | FILL);
         assert!(known || self.done == 0, "an unknown operation did something");
         if !known || self.done == self.len.min(MAX_BYTES) {

@@ -10,7 +10,7 @@
 //!   coverage.
 
 pub mod assist;
-pub mod cpu;
+mod cpu;
 pub mod devices;
 pub mod doorbell;
 pub mod guarded;

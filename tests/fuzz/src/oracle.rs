@@ -1,7 +1,7 @@
 //! A second opinion on the doorbell: the processor's page walk written down once more, as plainly as
 //! possible, over a copy of guest memory. What the doorbell did must be what this allows.
 
-use crate::cpu::Cpu;
+use crate::cpu::FakeCpu;
 use std::collections::BTreeSet;
 
 const PAGE: u64 = 4096;
@@ -53,7 +53,7 @@ pub(crate) struct Reached {
 }
 
 /// Where a supervisor's access to `linear` goes; `None` if it faults or leaves RAM.
-pub(crate) fn walk(ram: &mut Ram, cpu: &Cpu, pkru: u32, linear: u64, write: bool) -> Option<Reached> {
+pub(crate) fn walk(ram: &mut Ram, cpu: &FakeCpu, pkru: u32, linear: u64, write: bool) -> Option<Reached> {
     let cr4 = cpu.sregs.cr4;
     let five = cr4 >> 12 & 1 == 1;
     let sign = linear as i64 >> if five { 56 } else { 47 };

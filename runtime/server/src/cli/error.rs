@@ -11,6 +11,14 @@ pub(crate) enum CliError {
     Image(#[from] peregrine_image::Error),
     #[error(transparent)]
     Template(#[from] peregrine::template::TemplateError),
+    #[error(transparent)]
+    Config(#[from] peregrine::config::ConfigError),
+    #[error(transparent)]
+    Serve(#[from] peregrine::serve::ServeError),
+    #[error(transparent)]
+    Key(#[from] peregrine::key::KeyError),
+    #[error(transparent)]
+    Audit(#[from] peregrine_audit::AuditError),
     #[error("{0}")]
     Stopped(StopReason),
     #[error("the guest's agent did not answer within {seconds} s{hint}")]

@@ -2,12 +2,15 @@
 //!
 //! Exit codes: the command's own from `run`; 125 where Peregrine itself or the guest failed; 2 for bad usage.
 
+mod audit;
 mod doctor;
 mod error;
 mod guest;
 mod image;
+mod key;
 mod progress;
 mod run;
+mod serve;
 mod session;
 mod stdio;
 mod template;
@@ -30,15 +33,34 @@ struct Args {
     /// Where built kernels and images are kept [default: $PEREGRINE_CACHE, else the XDG cache directory]
     #[arg(long, global = true, value_name = "DIR")]
     cache: Option<PathBuf>,
+    /// Where keys, audit logs and sandboxes' records are kept [default: $PEREGRINE_STATE, else the XDG state directory]
+    #[arg(long, global = true, value_name = "DIR")]
+    state: Option<PathBuf>,
     #[command(subcommand)]
     verb: Verb,
+}
+
+impl Args {
+    fn state(&self) -> Result<PathBuf, CliError> {
+        let given = self.state.clone().or_else(|| std::env::var_os("PEREGRINE_STATE").map(Into::into));
+        let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".local/state"));
+        let xdg = || std::env::var_os("XDG_STATE_HOME").map(PathBuf::from).or_else(home);
+        given.or_else(|| xdg().map(|dir| dir.join("peregrine"))).ok_or_else(|| CliError::Argument {
+            what: "--state",
+            given: String::new(),
+            limit: "must be given where neither PEREGRINE_STATE, XDG_STATE_HOME nor HOME is set",
+        })
+    }
 }
 
 #[derive(Debug, Subcommand)]
 enum Verb {
     Run(Box<run::RunArgs>),
     Image(image::ImageArgs),
+    Serve(serve::ServeArgs),
     Template(template::TemplateArgs),
+    Key(key::KeyArgs),
+    Audit(audit::AuditArgs),
     Doctor(doctor::DoctorArgs),
     /// One microVM's process, spoken to over its standard input
     #[command(hide = true)]
@@ -54,11 +76,15 @@ fn worker() -> Result<u8, CliError> {
 /// Runs the command line of this process.
 pub(crate) fn main() -> ExitCode {
     let args = Args::parse();
-    let result = match args.verb {
-        Verb::Run(run) => run::run(&run, args.cache),
-        Verb::Image(image) => image::image(&image, args.cache),
-        Verb::Template(template) => template::template(&template, args.cache),
-        Verb::Doctor(doctor) => doctor::doctor(&doctor, args.cache),
+    let cache = args.cache.clone();
+    let result = match &args.verb {
+        Verb::Run(run) => run::run(run, cache),
+        Verb::Serve(serve) => args.state().and_then(|state| serve::serve(serve, cache, state)),
+        Verb::Image(image) => image::image(image, cache),
+        Verb::Template(template) => template::template(template, cache),
+        Verb::Key(key) => args.state().and_then(|state| key::key(key, &state.join("keys"))),
+        Verb::Audit(audit) => audit::audit(audit),
+        Verb::Doctor(doctor) => doctor::doctor(doctor, cache),
         Verb::Worker => worker(),
     };
     match result {

@@ -24,6 +24,8 @@
 //! | `descriptor.rs` | LAR, LSL, VERR, VERW |
 
 mod descriptor;
+#[cfg(test)]
+pub(crate) mod fake;
 mod fxsave;
 mod integer;
 mod paging;

@@ -36,6 +36,8 @@ use crate::devices::{Counters, DeviceError, DevicesConfig, GuestMemory, Interrup
 const RING_ENTRIES: u32 = 128;
 /// Owner of the poll on the doorbell's eventfd.
 const DOORBELL: u64 = u64::MAX;
+/// How long the loop stays awake for a command that was announced: longer than it takes to stop a vCPU.
+const ATTENTION_SPAN: Duration = Duration::from_micros(500);
 /// How long [`LoopHandle::connect_when_ready`] first waits before it asks again.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
 /// How long it waits at most: each question costs the guest an interrupt.
@@ -44,6 +46,7 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(320);
 enum Command {
     Listen { host_port: u32, reply: Sender<io::Result<Receiver<UnixStream>>> },
     Connect { guest_port: u32, reply: ConnectReply },
+    Attend,
     Pause { reply: Sender<Vec<State>>, resume: Receiver<()> },
 }
 
@@ -56,8 +59,42 @@ pub struct LoopHandle {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
-/// Makes the devices and starts the loop that serves them.
+/// A loop's thread with its ring, before there are devices: a quarter of a millisecond that need not be on
+/// the way of a restore. Dropped, it ends.
+pub struct Idle {
+    thread: JoinHandle<()>,
+    work: Sender<Parts>,
+    ready: Receiver<io::Result<()>>,
+}
+
+/// Starts a loop's thread. Whether it could make its ring is known when it gets its devices.
+pub fn idle() -> Result<Idle, DeviceError> {
+    let (work, inbox) = channel::<Parts>();
+    let (report, ready) = channel();
+    let body = move || {
+        // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
+        match Ring::new(RING_ENTRIES) {
+            Ok(ring) => {
+                // Nobody looks if there will be no devices.
+                let _ = report.send(Ok(()));
+                if let Ok(parts) = inbox.recv() {
+                    let mut event_loop = EventLoop { parts, ring, pauses: Vec::new(), attends: None };
+                    event_loop.arm_doorbell();
+                    event_loop.run();
+                }
+            }
+            Err(error) => {
+                let _ = report.send(Err(error));
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("vmm-loop".into()).spawn(body);
+    Ok(Idle { thread: thread.map_err(DeviceError::EventLoop)?, work, ready })
+}
+
+/// Makes the devices and has the loop serve them.
 pub fn start(
+    idle: Idle,
     config: DevicesConfig,
     mem: GuestMemory,
     interrupt: Arc<dyn Interrupt>,
@@ -100,7 +137,7 @@ pub fn start(
         ports.iter().for_each(|port| port.renew_interrupt());
     }
     let parts = Parts { ports, vsock, bell: Arc::clone(&bell), inbox, loop_ended };
-    let thread = spawn(parts)?;
+    let thread = idle.serve(parts)?;
     if restores {
         // Doorbells that were rung before the snapshot are not rung again.
         (0..devices)
@@ -151,29 +188,11 @@ struct Parts {
     loop_ended: Arc<AtomicBool>,
 }
 
-fn spawn(parts: Parts) -> Result<JoinHandle<()>, DeviceError> {
-    let (ready, started) = channel();
-    let body = move || {
-        // The ring belongs to the thread that makes it (IORING_SETUP_SINGLE_ISSUER).
-        match Ring::new(RING_ENTRIES) {
-            Ok(ring) => {
-                let mut event_loop = EventLoop { parts, ring, pauses: Vec::new() };
-                event_loop.arm_doorbell();
-                // `start` waits for this.
-                let _ = ready.send(Ok(()));
-                event_loop.run();
-            }
-            Err(error) => {
-                let _ = ready.send(Err(error));
-            }
-        }
-    };
-    let thread =
-        std::thread::Builder::new().name("vmm-loop".into()).spawn(body).map_err(DeviceError::EventLoop)?;
-    match started.recv() {
-        Ok(Ok(())) => Ok(thread),
-        Ok(Err(error)) => Err(DeviceError::EventLoop(error)),
-        Err(_) => Err(DeviceError::Stopped),
+impl Idle {
+    fn serve(self, parts: Parts) -> Result<JoinHandle<()>, DeviceError> {
+        self.ready.recv().map_err(|_| DeviceError::Stopped)?.map_err(DeviceError::EventLoop)?;
+        self.work.send(parts).map_err(|_| DeviceError::Stopped)?;
+        Ok(self.thread)
     }
 }
 
@@ -182,6 +201,8 @@ struct EventLoop {
     ring: Ring,
     /// Pauses that wait for operations in flight.
     pauses: Vec<(Sender<Vec<State>>, Receiver<()>)>,
+    /// Until when not to sleep.
+    attends: Option<Instant>,
 }
 
 impl EventLoop {
@@ -203,7 +224,11 @@ impl EventLoop {
                 self.obey();
             }
             self.pause_when_drained();
-            let entered = if self.parts.bell.may_sleep() { self.ring.wait() } else { self.ring.submit() };
+            let entered = if !self.attending() && self.parts.bell.may_sleep() {
+                self.ring.wait()
+            } else {
+                self.ring.submit()
+            };
             if entered.is_err() {
                 // The ring is unusable: without it no request would ever be answered.
                 break;
@@ -215,6 +240,16 @@ impl EventLoop {
         }
         self.parts.loop_ended.store(true, Ordering::SeqCst);
         self.parts.ports.iter().for_each(|port| port.abandon());
+    }
+
+    /// Whether a command is on its way that shall not wait for this thread to wake up.
+    fn attending(&mut self) -> bool {
+        self.attends = self.attends.filter(|until| Instant::now() < *until);
+        if self.attends.is_some() {
+            // Whoever else wants this CPU may have it.
+            std::thread::yield_now();
+        }
+        self.attends.is_some()
     }
 
     fn serve(&mut self, pending: u64) {
@@ -253,7 +288,11 @@ impl EventLoop {
                     let _ = reply.send(self.parts.vsock.lock().device().listen(host_port));
                 }
                 Command::Connect { guest_port, reply } => self.connect(guest_port, reply),
-                Command::Pause { reply, resume } => self.pauses.push((reply, resume)),
+                Command::Attend => self.attends = Some(Instant::now() + ATTENTION_SPAN),
+                Command::Pause { reply, resume } => {
+                    self.attends = None;
+                    self.pauses.push((reply, resume));
+                }
             }
         }
     }
@@ -341,6 +380,13 @@ impl LoopHandle {
                 outcome => return outcome,
             }
         }
+    }
+
+    /// Wakes the loop for a [`LoopHandle::pause`] that is about to come: its thread wakes up while the vCPUs stop,
+    /// not after.
+    pub(crate) fn attend(&self) {
+        // A loop that has ended says so when it is to pause.
+        let _ = self.command(Command::Attend);
     }
 
     /// Waits for the I/O in flight, then holds the loop still until the guard is dropped.

@@ -192,8 +192,11 @@ pub fn send_bytes(socket: &impl AsRawFd, bytes: &[u8]) -> io::Result<usize> {
 
 /// What a stream socket holds to be read, left in it.
 pub fn peek_bytes(socket: &impl AsRawFd) -> io::Result<Vec<u8>> {
-    // More than a Unix socket holds by default (net.core.wmem_default, 208 KiB).
-    let mut bytes = vec![0; 512 * 1024];
+    let mut waiting: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int, which lives here. If it fails the count stays 0, and recv says why.
+    unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut waiting) };
+    // Most often there is nothing, and this is asked while a guest stands still. One byte tells an end from silence.
+    let mut bytes = vec![0; usize::try_from(waiting).unwrap_or(0).max(1)];
     // SAFETY: pointer and length are those of one live, exclusively borrowed buffer.
     let count = unsafe {
         libc::recv(

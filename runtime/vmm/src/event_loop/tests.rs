@@ -10,7 +10,7 @@ use std::time::Duration;
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::tempfile::TempFile;
 
-use super::{Bus, LoopHandle, start};
+use super::{Bus, LoopHandle, idle, start};
 use crate::devices::mmio::{F_EVENT_IDX, F_VERSION_1, State, register as reg, status};
 use crate::devices::testing::{BUFFERS, DriverQueue, Piece, memory, readable, writable};
 use crate::devices::vsock::{GUEST_CID, HEADER_BYTES, HOST_CID, Header, STREAM, op};
@@ -57,7 +57,7 @@ impl Machine {
         let (sender, interrupts) = channel();
         let config = DevicesConfig { disks, states, ..DevicesConfig::default() };
         let wire = Arc::new(Wire(Mutex::new(sender)));
-        let (bus, handle) = start(config, GuestMemory::clone(&mem), wire).unwrap();
+        let (bus, handle) = start(idle().unwrap(), config, GuestMemory::clone(&mem), wire).unwrap();
         Self { mem, bus, handle, interrupts: Mutex::new(interrupts) }
     }
 
@@ -203,7 +203,7 @@ fn more_disks_than_there_are_lines_are_refused() {
     let (sender, _interrupts) = channel();
     let wire = Arc::new(Wire(Mutex::new(sender)));
     let config = DevicesConfig { disks, ..DevicesConfig::default() };
-    let refused = start(config, GuestMemory::clone(&memory()), wire).err();
+    let refused = start(idle().unwrap(), config, GuestMemory::clone(&memory()), wire).err();
     assert!(matches!(refused, Some(DeviceError::TooManyDisks { count: 14, most: 13 })));
 }
 
@@ -369,7 +369,7 @@ fn states_of_another_machine_are_refused() {
     let (sender, _interrupts) = channel();
     let wire = Arc::new(Wire(Mutex::new(sender)));
     let config = DevicesConfig { disks: vec![disk(true)], states, ..DevicesConfig::default() };
-    let refused = start(config, GuestMemory::clone(&memory()), wire).err();
+    let refused = start(idle().unwrap(), config, GuestMemory::clone(&memory()), wire).err();
     assert!(matches!(refused, Some(DeviceError::StateCount { states: 2, devices: 3 })));
 }
 

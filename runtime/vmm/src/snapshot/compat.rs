@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 use std::sync::LazyLock;
 
 /// Version of the state file's contents; another one is refused, never guessed at.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// How far a TSC's frequency may be off, in parts per million: KVM's own default (`tsc_tolerance_ppm`). A
 /// host's calibration differs by a few from boot to boot.
 const TSC_TOLERANCE_PPM: u64 = 250;
@@ -33,6 +33,9 @@ pub struct Compat {
     pub disks_bytes: Vec<u64>,
     /// The memory image.
     pub memory: MemoryDigest,
+    /// The pages over it. An older record has none, and is refused for its version.
+    #[serde(default)]
+    pub pages: MemoryDigest,
 }
 
 impl Compat {
@@ -59,7 +62,8 @@ impl Compat {
             vcpus: 0,
             mem_mib: 0,
             disks_bytes: Vec::new(),
-            memory: MemoryDigest { xxh3: 0, pages: 0 },
+            memory: MemoryDigest::NONE,
+            pages: MemoryDigest::NONE,
         }
     }
 

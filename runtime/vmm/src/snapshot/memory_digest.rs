@@ -13,12 +13,17 @@ const CHUNK_BYTES: usize = 256 * PAGE_BYTES;
 
 /// XXH3-64 over (page number, page) of every page that is not zero. It finds damage, not forgery: whoever may
 /// write the file may write the record beside it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct MemoryDigest {
     /// The hash.
     pub xxh3: u64,
     /// Pages that are not zero.
     pub pages: u64,
+}
+
+impl MemoryDigest {
+    /// Of what is not there.
+    pub const NONE: Self = Self { xxh3: 0, pages: 0 };
 }
 
 impl fmt::Display for MemoryDigest {

@@ -3,23 +3,27 @@
 //!
 //! ```text
 //! <directory>/memory   the guest's RAM: its ranges one after the other, page-aligned, holes where it is zero
+//! <directory>/pages    pages that take the place of the image's, one after the other; where they belong is in
+//!                      the state. A template has none; another snapshot's `memory` is its template's, linked
 //! <directory>/state    fixed header, compatibility record (JSON), state (postcard); see [`format`]
 //! ```
 //!
 //! A template is a snapshot with a name; restoring one maps `memory` privately, so that all its clones share
-//! its pages until they write. What does not fit this host is refused by [`Compat::check`] before a VM
+//! its pages until they write, and the runs of `pages` over it. What does not fit this host is refused by [`Compat::check`] before a VM
 //! exists.
 //!
-//! May touch: the two files. Must not: KVM (`vcpu_state` and `vm` do), threads.
+//! May touch: these files. Must not: KVM (`vcpu_state` and `vm` do), threads.
 
 pub mod compat;
 pub mod format;
+pub mod hibernated;
 mod memory_digest;
 mod save;
 
 pub use compat::Compat;
+pub use hibernated::Claim;
 pub use memory_digest::{MemoryDigest, digest_memory};
-pub use save::save_memory;
+pub use save::{place_image, save_pages};
 
 use crate::devices::mmio::State as DeviceState;
 use crate::memory::GuestMemory;
@@ -33,6 +37,8 @@ use std::sync::Arc;
 
 /// Name of the memory image in a snapshot's directory.
 pub const MEMORY_FILE: &str = "memory";
+/// Name of the file of pages that are not the image's.
+pub const PAGES_FILE: &str = "pages";
 /// Name of the state file in a snapshot's directory.
 pub const STATE_FILE: &str = "state";
 
@@ -58,12 +64,25 @@ pub enum SnapshotError {
     /// It was made on another kind of host or by another version.
     #[error("this snapshot does not fit this host: {0}")]
     Incompatible(String),
+    /// The sandbox is somebody's: see [`Claim`].
+    #[error("{dir} is claimed: the sandbox runs, or is being resumed or hibernated; stop it first")]
+    Claimed {
+        /// The sandbox's directory.
+        dir: PathBuf,
+    },
 }
 
 impl SnapshotError {
     pub(crate) fn io(path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| Self::Io { path, source }
+    }
+
+    /// Is the disk full, or the quota used up? Then it can be tried again when there is space.
+    #[must_use]
+    pub fn is_no_space(&self) -> bool {
+        use io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, Self::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
     }
 }
 
@@ -82,6 +101,26 @@ pub struct MachineState {
     pub agent: AgentState,
     /// The guest stands at its gate: it looks into the mailbox first.
     pub at_gate: bool,
+    /// Which pages of the memory image the snapshot's other pages take the place of: in the order in which they lie
+    /// in their file, ascending, apart from each other.
+    pub runs: Vec<Run>,
+}
+
+/// Pages of a memory image that lie together, in numbers of 4 KiB.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// The first.
+    pub first: u64,
+    /// How many, at least one.
+    pub pages: u64,
+}
+
+impl Run {
+    /// The page behind the last.
+    #[must_use]
+    pub fn end(self) -> u64 {
+        self.first.saturating_add(self.pages)
+    }
 }
 
 /// Where the host's conversation with the agent stands.
@@ -111,6 +150,8 @@ pub struct Stored {
     pub snapshot: Snapshot,
     /// The memory image, open for reading.
     pub memory: Arc<File>,
+    /// The pages that take the place of the image's, if there are any.
+    pub pages: Option<Arc<File>>,
     /// Where it lies.
     pub dir: PathBuf,
 }
@@ -145,29 +186,53 @@ impl Stored {
             let reason = format!("its memory image has {bytes} bytes, not {}", compat.mem_mib << 20);
             return Err(corrupt(reason));
         }
-        Ok(Self { snapshot: Snapshot { compat, machine }, memory, dir: dir.to_owned() })
+        let pages = open_pages(dir, &machine.runs)?;
+        Ok(Self { snapshot: Snapshot { compat, machine }, memory, pages, dir: dir.to_owned() })
     }
 
-    /// Reads the whole memory image and compares it with its digest: once per process is enough, 10 GB/s from
-    /// the page cache.
+    /// Reads the whole memory image, and the pages over it, and compares them with their digests: once per
+    /// process is enough, 10 GB/s from the page cache.
     ///
     /// # Errors
     /// [`SnapshotError::Corrupt`] naming the file.
     pub fn verify_memory(&self) -> Result<(), SnapshotError> {
-        let path = self.dir.join(MEMORY_FILE);
-        let found = digest_memory(&self.memory).map_err(SnapshotError::io(&path))?;
-        if found == self.snapshot.compat.memory {
+        let compat = &self.snapshot.compat;
+        self.verify(&self.memory, MEMORY_FILE, "memory image", compat.memory)?;
+        let pages = self.pages.as_ref();
+        pages.map_or(Ok(()), |pages| self.verify(pages, PAGES_FILE, "file of pages", compat.pages))
+    }
+
+    fn verify(&self, file: &File, name: &str, what: &str, wanted: MemoryDigest) -> Result<(), SnapshotError> {
+        let path = self.dir.join(name);
+        let found = digest_memory(file).map_err(SnapshotError::io(&path))?;
+        if found == wanted {
             return Ok(());
         }
-        let reason = format!("its memory image is {found}, recorded is {}", self.snapshot.compat.memory);
-        Err(SnapshotError::Corrupt { path, reason })
+        Err(SnapshotError::Corrupt { path, reason: format!("its {what} is {found}, recorded is {wanted}") })
     }
+}
+
+/// The file of pages, if the state says that there is one.
+fn open_pages(dir: &Path, runs: &[Run]) -> Result<Option<Arc<File>>, SnapshotError> {
+    if runs.is_empty() {
+        return Ok(None);
+    }
+    let path = dir.join(PAGES_FILE);
+    let file = File::open(&path).map_err(SnapshotError::io(&path))?;
+    let found = file.metadata().map_err(SnapshotError::io(&path))?.len();
+    let pages = runs.iter().fold(0_u64, |sum, run| sum.saturating_add(run.pages));
+    let wanted = pages.saturating_mul(4096);
+    if found != wanted {
+        let reason = format!("its file of pages has {found} bytes, not {wanted}");
+        return Err(SnapshotError::Corrupt { path, reason });
+    }
+    Ok(Some(Arc::new(file)))
 }
 
 impl Snapshot {
     /// Makes `dir` a snapshot on disk, durable when this returns: written beside it under a temporary name,
-    /// fsync'ed, renamed, and the rename fsync'ed too. `mem` must be a private mapping of `base`, and stand
-    /// still.
+    /// fsync'ed, renamed, and the rename fsync'ed too. `mem` must be a private mapping of `base`, which the record
+    /// describes, with the state's runs over it, and stand still.
     ///
     /// # Errors
     /// [`SnapshotError::Io`]; nothing is left of it then.
@@ -175,13 +240,17 @@ impl Snapshot {
         let parent = dir.parent().unwrap_or(Path::new("."));
         let name = dir.file_name().unwrap_or_default().to_string_lossy();
         let partial = parent.join(format!(".{name}.{}.partial", std::process::id()));
-        let done = self.write_all(mem, base, &partial).and_then(|()| {
-            std::fs::rename(&partial, dir).map_err(SnapshotError::io(dir))?;
-            sync(parent)
-        });
+        let published = self
+            .write_all(mem, base, &partial)
+            .and_then(|()| std::fs::rename(&partial, dir).map_err(SnapshotError::io(dir)));
+        // Whether a rename whose fsync failed is on the disk nobody knows, and the next fsync may say it is.
+        let (done, left) = match published {
+            Ok(()) => (sync(parent), dir),
+            Err(error) => (Err(error), &*partial),
+        };
         if done.is_err() {
             // The failure is what counts.
-            let _ = std::fs::remove_dir_all(&partial);
+            let _ = std::fs::remove_dir_all(left);
         }
         done
     }
@@ -189,11 +258,13 @@ impl Snapshot {
     fn write_all(&mut self, mem: &GuestMemory, base: &File, dir: &Path) -> Result<(), SnapshotError> {
         std::fs::create_dir(dir).map_err(SnapshotError::io(dir))?;
         let path = dir.join(MEMORY_FILE);
+        place_image(base, &path).map_err(SnapshotError::io(&path))?;
+        let path = dir.join(PAGES_FILE);
         let create = File::options().read(true).write(true).create_new(true).open(&path);
-        let image = create.map_err(SnapshotError::io(&path))?;
-        save_memory(mem, base, &image).map_err(SnapshotError::io(&path))?;
-        self.compat.memory = digest_memory(&image).map_err(SnapshotError::io(&path))?;
-        image.sync_all().map_err(SnapshotError::io(&path))?;
+        let pages = create.map_err(SnapshotError::io(&path))?;
+        self.machine.runs = save_pages(mem, &self.machine.runs, &pages).map_err(SnapshotError::io(&path))?;
+        self.compat.pages = digest_memory(&pages).map_err(SnapshotError::io(&path))?;
+        pages.sync_all().map_err(SnapshotError::io(&path))?;
         self.write_state(dir)?;
         sync(&dir.join(STATE_FILE))?;
         sync(dir)

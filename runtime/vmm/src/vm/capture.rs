@@ -38,9 +38,14 @@ impl MicroVm {
     /// Stops the vCPUs, then the devices. The guest goes on when the guard is dropped.
     ///
     /// # Errors
-    /// [`VmmError::Stopped`] if the guest has ended; otherwise the guest goes on.
+    /// [`VmmError::Stopped`] if the guest has ended, [`VmmError::NotGoing`] if it was not let go yet; otherwise
+    /// the guest goes on.
     pub fn pause(&self) -> Result<Paused<'_>, VmmError> {
+        if self.shared.approaches() {
+            return Err(VmmError::NotGoing);
+        }
         let gate = OpenOnDrop(&self.shared);
+        self.event_loop.attend();
         // vCPUs first: they are what gives the devices work.
         let vcpus = self.shared.close(self.vcpus)?;
         let devices = self.event_loop.pause()?;
@@ -112,6 +117,7 @@ impl Paused<'_> {
             devices: self.devices.states().to_vec(),
             agent,
             at_gate: self.microvm.at_gate.load(Ordering::Relaxed),
+            runs: Vec::new(),
         })
     }
 }

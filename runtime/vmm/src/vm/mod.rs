@@ -25,7 +25,7 @@ use crate::event_loop::{self, Bus, LoopHandle};
 use crate::host::KvmKind;
 use crate::memory::{self, GuestMemory};
 use crate::profile::{self, Symbols};
-use crate::snapshot::{AgentState, Compat, MachineState, Stored};
+use crate::snapshot::{AgentState, Compat, MachineState, Snapshot, Stored};
 use crate::stats;
 use crate::sys::kvm as raw;
 use crate::vcpu::{self, Vcpu};
@@ -78,17 +78,38 @@ pub struct MicroVm {
     mem: GuestMemory,
 }
 
+/// What every microVM needs, whatever it will be: KVM's VM and the event loop's thread. Made before it is known which, it is not
+/// on the way of a restore.
+pub struct Shell {
+    vm: VmFd,
+    event_loop: event_loop::Idle,
+}
+
+impl Shell {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// What KVM or the host refused.
+    pub fn build(kvm: &Kvm) -> Result<Self, VmmError> {
+        // The thread makes its ring meanwhile.
+        let event_loop = event_loop::idle()?;
+        Ok(Self { vm: create_vm(kvm)?, event_loop })
+    }
+}
+
 /// The KVM objects of a microVM: memory, interrupt controllers and vCPUs, in their power-on state.
 struct Machine {
     vm: Arc<VmFd>,
     mem: GuestMemory,
     vcpus: Vec<VcpuFd>,
+    event_loop: event_loop::Idle,
     start: Instant,
 }
 
 impl Machine {
-    fn build(kvm: &Kvm, mem: GuestMemory, vcpus: u8, start: Instant) -> Result<Self, VmmError> {
-        let vm = Arc::new(create_vm(kvm)?);
+    fn build(shell: Shell, kvm: &Kvm, mem: GuestMemory, vcpus: u8, start: Instant) -> Result<Self, VmmError> {
+        let Shell { vm, event_loop } = shell;
+        let vm = Arc::new(vm);
         // Memslots first, registrations on KVM's I/O bus (the irqchip) after: the other way round each
         // memslot waits for a grace period, 7.5 ms where it was measured.
         raw::register_memslots(&vm, &mem)?;
@@ -98,7 +119,7 @@ impl Machine {
         let cpuid = vcpu::supported_cpuid(kvm)?;
         let create = |index| vcpu::create(&vm, index, cpuid, vcpus);
         let vcpus = (0..vcpus).map(create).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { vm, mem, vcpus, start })
+        Ok(Self { vm, mem, vcpus, event_loop, start })
     }
 }
 
@@ -134,7 +155,7 @@ impl MicroVm {
     fn boot_in(checked: CheckedConfig, mem: GuestMemory) -> Result<Self, VmmError> {
         let start = Instant::now();
         let CheckedConfig { config, vcpus, mut kernel, disks, kvm } = checked;
-        let machine = Machine::build(&kvm, mem, vcpus, start)?;
+        let machine = Machine::build(Shell::build(&kvm)?, &kvm, mem, vcpus, start)?;
         let entry = load_kernel(&machine.mem, &mut kernel, &config.kernel)?;
         for (index, fd) in machine.vcpus.iter().enumerate() {
             vcpu::set_boot_state(fd, index == 0, entry)?;
@@ -160,22 +181,47 @@ impl MicroVm {
     /// # Errors
     /// What does not fit this host or could not be built; nothing is left behind then.
     pub fn restore(stored: &Stored, disks: Vec<Disk>, kvm: &Kvm) -> Result<Self, VmmError> {
+        Self::restore_in(stored, disks, kvm, Shell::build(kvm)?)
+    }
+
+    /// As [`MicroVm::restore`], in a shell that is there already.
+    pub(crate) fn restore_in(
+        stored: &Stored,
+        disks: Vec<Disk>,
+        kvm: &Kvm,
+        shell: Shell,
+    ) -> Result<Self, VmmError> {
         let start = Instant::now();
-        stored.snapshot.compat.check_disks(&sizes(&disks))?;
-        let mem = memory::map_private(stored.snapshot.compat.mem_mib, &stored.memory)?;
-        Self::restore_in(&stored.snapshot.compat, &stored.snapshot.machine, disks, kvm, mem, start)
+        let Snapshot { compat, machine } = &stored.snapshot;
+        compat.check_disks(&sizes(&disks))?;
+        let mem = memory::map_private(compat.mem_mib, &stored.memory)?;
+        if let Some(pages) = &stored.pages {
+            memory::map_pages(&mem, pages, &machine.runs)?;
+        }
+        let fresh = Machine::build(shell, kvm, mem, compat.vcpus, start)?;
+        Self::revive(compat, machine, disks, fresh)
     }
 
     /// As [`MicroVm::restore`], over memory that is there already.
-    pub(crate) fn restore_in(
+    pub(crate) fn restore_over(
+        mem: GuestMemory,
         compat: &Compat,
         state: &MachineState,
         disks: Vec<Disk>,
         kvm: &Kvm,
-        mem: GuestMemory,
-        start: Instant,
     ) -> Result<Self, VmmError> {
-        let machine = Machine::build(kvm, mem, compat.vcpus, start)?;
+        let start = Instant::now();
+        let machine = Machine::build(Shell::build(kvm)?, kvm, mem, compat.vcpus, start)?;
+        Self::revive(compat, state, disks, machine)
+    }
+
+    /// Gives fresh KVM objects the state of a saved microVM.
+    fn revive(
+        compat: &Compat,
+        state: &MachineState,
+        disks: Vec<Disk>,
+        machine: Machine,
+    ) -> Result<Self, VmmError> {
         let mut area = raw::XsaveArea::new(&machine.vm);
         for (fd, vcpu) in machine.vcpus.iter().zip(&state.vcpus) {
             compat.check_tsc(fd.get_tsc_khz().unwrap_or(0))?;
@@ -199,13 +245,13 @@ impl MicroVm {
 
     /// Devices, event loop and threads around the KVM objects; the gate is closed.
     fn assemble(machine: Machine, begin: Begin) -> Result<(Self, Arc<Bus>), VmmError> {
-        let Machine { vm, mem, vcpus: fds, start } = machine;
+        let Machine { vm, mem, vcpus: fds, event_loop, start } = machine;
         let Begin { disks, states, shared, msrs } = begin;
         let disks_bytes = sizes(&disks);
         let devices =
             DevicesConfig { disks, mmio_base: layout::VIRTIO_MMIO, first_gsi: layout::FIRST_GSI, states };
         let lines = Arc::new(IrqLines { vm: Arc::clone(&vm) });
-        let (bus, event_loop) = event_loop::start(devices, mem.clone(), lines)?;
+        let (bus, event_loop) = event_loop::start(event_loop, devices, mem.clone(), lines)?;
         let event_loop = Arc::new(event_loop);
         let agents = event_loop
             .listen(AGENT_PORT)
@@ -284,10 +330,22 @@ impl MicroVm {
         Ok(())
     }
 
-    /// When the guest made its first VM exit; waits for it, `timeout` at most.
+    /// When the guest made its first VM exit or, where [`MicroVm::go`] gave it a mailbox, the exit with which it
+    /// says that it has read that; waits for it, `timeout` at most.
     #[must_use]
-    pub fn wait_first_exit(&self, timeout: Duration) -> Option<Instant> {
-        self.shared.wait_first_exit(timeout)
+    pub fn wait_first_exit(&self, mailbox: bool, timeout: Duration) -> Option<Instant> {
+        self.shared.wait_first_exit(mailbox, timeout)
+    }
+
+    /// Lets a restored microVM that stands at its freeze point come as far as its look into the mailbox: KVM has built
+    /// what it needs to run it, and the pages that the guest then touches are its own. It stands still there until
+    /// [`MicroVm::go`]; only its first vCPU moved.
+    pub(crate) fn approach(&self) {
+        if self.is_at_gate() {
+            // The mailbox's first page becomes this guest's own now rather than then.
+            let _ = self.mem.write_slice(&[0], GuestAddress(layout::MAILBOX));
+            self.shared.approach();
+        }
     }
 
     /// Lets a restored microVM go.
@@ -373,7 +431,7 @@ impl MicroVm {
     /// The stages of its boot.
     #[must_use]
     pub fn stages(&self) -> Stages {
-        let (entered, first_exit) = (*lock(&self.shared.entered), *lock(&self.shared.first_exit));
+        let (entered, first_exit) = (*lock(&self.shared.entered), lock(&self.shared.firsts).exit);
         Stages { entered, first_exit, ..self.stages }
     }
 

@@ -62,8 +62,19 @@ pub struct Stages {
 struct Gate {
     /// Somebody waits for the threads' states.
     asked: bool,
+    /// The first vCPU may go as far as the guest's look into the mailbox, and is held there.
+    approach: bool,
     /// States that the threads have left, by vCPU index.
     parked: BTreeMap<u8, Result<VcpuSnapshot, VmmError>>,
+}
+
+/// When a guest did something for the first time.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Firsts {
+    /// A VM exit.
+    pub(super) exit: Option<Instant>,
+    /// The exit that says that it has read its mailbox.
+    pub(super) taken: Option<Instant>,
 }
 
 /// What the vCPU threads and the owner share.
@@ -83,7 +94,7 @@ pub(crate) struct Shared {
     pub(super) assists: Mutex<Counters>,
     pub(super) doorbell: Mutex<doorbell::Counters>,
     pub(super) entered: Mutex<Option<Instant>>,
-    pub(super) first_exit: Mutex<Option<Instant>>,
+    pub(super) firsts: Mutex<Firsts>,
     exited: Condvar,
     sampling: AtomicBool,
     pub(super) samples: Mutex<Samples>,
@@ -103,7 +114,7 @@ impl Shared {
             reason: Mutex::new(None),
             stopped: Condvar::new(),
             closed: AtomicBool::new(true),
-            gate: Mutex::new(Gate { asked: false, parked: BTreeMap::new() }),
+            gate: Mutex::new(Gate { asked: false, approach: false, parked: BTreeMap::new() }),
             gate_moved: Condvar::new(),
             freeze_wanted: AtomicBool::new(false),
             mailbox_bytes: AtomicU32::new(0),
@@ -111,7 +122,7 @@ impl Shared {
             assists: Mutex::new(Counters::default()),
             doorbell: Mutex::new(doorbell::Counters::default()),
             entered: Mutex::new(None),
-            first_exit: Mutex::new(None),
+            firsts: Mutex::default(),
             exited: Condvar::new(),
             sampling: AtomicBool::new(false),
             samples: Mutex::new(Samples::default()),
@@ -132,16 +143,24 @@ impl Shared {
     }
 
     pub(crate) fn note_first_exit(&self) {
-        lock(&self.first_exit).get_or_insert_with(Instant::now);
+        lock(&self.firsts).exit.get_or_insert_with(Instant::now);
         self.exited.notify_all();
     }
 
-    pub(super) fn wait_first_exit(&self, timeout: Duration) -> Option<Instant> {
-        let guard = lock(&self.first_exit);
-        let waiting = |exit: &mut Option<Instant>| exit.is_none();
-        let (exit, _) =
+    /// The guest has read its mailbox.
+    pub(crate) fn note_taken(&self) {
+        lock(&self.firsts).taken.get_or_insert_with(Instant::now);
+        self.exited.notify_all();
+    }
+
+    /// When the guest made its first exit or, if it has a mailbox, the one with which it says that it has read that.
+    pub(super) fn wait_first_exit(&self, mailbox: bool, timeout: Duration) -> Option<Instant> {
+        let guard = lock(&self.firsts);
+        let of = |firsts: &Firsts| if mailbox { firsts.taken } else { firsts.exit };
+        let waiting = |firsts: &mut Firsts| of(firsts).is_none();
+        let (firsts, _) =
             self.exited.wait_timeout_while(guard, timeout, waiting).unwrap_or_else(PoisonError::into_inner);
-        *exit
+        of(&firsts)
     }
 
     /// Whether vCPU threads must come to the gate.
@@ -152,7 +171,7 @@ impl Shared {
     /// A vCPU thread waits here while the gate is closed, and leaves its state once each time it is asked for.
     pub(crate) fn park(&self, index: u8, mut capture: impl FnMut() -> Result<VcpuSnapshot, VmmError>) {
         let mut gate = lock(&self.gate);
-        while self.closed() && !self.stopping() {
+        while self.closed() && !self.stopping() && !(gate.approach && index == 0) {
             if gate.asked && !gate.parked.contains_key(&index) {
                 gate.parked.insert(index, capture());
                 self.gate_moved.notify_all();
@@ -193,8 +212,22 @@ impl Shared {
         self.mailbox_bytes.store(bytes, Ordering::Release);
     }
 
-    /// The guest takes what is in the mailbox.
+    /// Lets the first vCPU of a restored guest go as far as its look into the mailbox.
+    pub(super) fn approach(&self) {
+        lock(&self.gate).approach = true;
+        self.gate_moved.notify_all();
+    }
+
+    /// Whether [`Shared::approach`] was the last word.
+    pub(super) fn approaches(&self) -> bool {
+        lock(&self.gate).approach
+    }
+
+    /// The guest looks into the mailbox: how many bytes are there. Waits if it has only been let go so far.
     pub(crate) fn take_mailbox(&self) -> u32 {
+        let gate = lock(&self.gate);
+        let waiting = |gate: &mut Gate| gate.approach && !self.stopping();
+        let _gate = self.gate_moved.wait_while(gate, waiting).unwrap_or_else(PoisonError::into_inner);
         self.mailbox_bytes.swap(0, Ordering::AcqRel)
     }
 
@@ -223,7 +256,8 @@ impl Shared {
 
     /// Opens the gate.
     pub(super) fn open(&self) {
-        let _gate = lock(&self.gate);
+        let mut gate = lock(&self.gate);
+        gate.approach = false;
         self.closed.store(false, Ordering::Release);
         self.gate_moved.notify_all();
     }

@@ -3,7 +3,7 @@
 use super::WorkerStats;
 use super::wire::{MOST_FDS, Reply, Request, receive, send};
 use crate::agent::{Agent, AgentError, Identity};
-use crate::snapshot::AgentState;
+use crate::snapshot::{AgentState, Claim, SnapshotError};
 use crate::vm::DiskConfig;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::ffi::OsStr;
@@ -26,6 +26,16 @@ pub enum WorkerError {
     /// It says why it did not do it; its guest is as it was.
     #[error("{0}")]
     Refused(String),
+    /// The snapshot does not fit on the disk. Nothing of it is left, and the guest is as it was.
+    #[error("no space for the snapshot: {0}; free some and try again")]
+    NoSpace(String),
+    /// The process that saved the snapshot was killed. It does not count, and the guest is as it was unless its
+    /// worker ended too.
+    #[error("the snapshot was not saved: the process that wrote it ended before it was durable")]
+    NotSaved,
+    /// The sandbox's place on disk.
+    #[error(transparent)]
+    Snapshot(#[from] SnapshotError),
     /// It answered something else.
     #[error("the worker answered {0}, out of turn")]
     OutOfTurn(String),
@@ -91,6 +101,48 @@ pub struct Saved {
     pub resumed_ns: u64,
 }
 
+/// A fork whose children are on their way.
+#[derive(Debug)]
+pub struct Forking {
+    decoded_ns: u64,
+    stopped_ns: u64,
+    resumed_ns: u64,
+    children: Vec<Worker>,
+}
+
+impl Forking {
+    /// Waits until all children stand ready.
+    ///
+    /// # Errors
+    /// What one of them said; all are gone then.
+    pub fn finish(self) -> Result<Fork, WorkerError> {
+        let Self { decoded_ns, stopped_ns, resumed_ns, children } = self;
+        let children = children.into_iter().map(Worker::parked).collect::<Result<_, _>>()?;
+        Ok(Fork { decoded_ns, stopped_ns, resumed_ns, children })
+    }
+}
+
+/// A snapshot that is being written.
+#[derive(Debug)]
+pub struct Saving {
+    done: OwnedFd,
+    saved: Saved,
+}
+
+impl Saving {
+    /// Waits until it is durable.
+    ///
+    /// # Errors
+    /// Why it is not; then nothing of it is left.
+    pub fn finish(self) -> Result<Saved, WorkerError> {
+        match receive(&self.done) {
+            Ok((Reply::Saved, _)) => Ok(self.saved),
+            Ok((other, _)) => Err(refused(other)),
+            Err(_) => Err(WorkerError::NotSaved),
+        }
+    }
+}
+
 impl Worker {
     /// Starts a worker: `program` with `arguments` must call [`super::serve`] with its standard input.
     ///
@@ -130,43 +182,79 @@ impl Worker {
     ///
     /// # Errors
     /// [`WorkerError::Refused`]: the guest is as it was.
-    pub fn fork(&self, agent: &Agent, count: usize) -> Result<Fork, WorkerError> {
+    pub fn fork(&self, agent: impl Into<AgentState>, count: usize) -> Result<Fork, WorkerError> {
+        self.begin_fork(agent, count)?.finish()
+    }
+
+    /// As [`Worker::fork`], but returns when the parent's guest goes on: the children are not ready yet.
+    ///
+    /// # Errors
+    /// [`WorkerError::Refused`]: the guest is as it was.
+    pub fn begin_fork(&self, agent: impl Into<AgentState>, count: usize) -> Result<Forking, WorkerError> {
         if !(1..=MOST_CHILDREN).contains(&count) {
             return Err(WorkerError::Children(count));
         }
         let pairs = (0..count).map(|_| pair()).collect::<io::Result<Vec<_>>>()?;
         let theirs: Vec<BorrowedFd<'_>> = pairs.iter().map(|(_, theirs)| theirs.as_fd()).collect();
-        let request = Request::Fork { children: count as u32, agent: agent.own_state() };
+        let request = Request::Fork { children: count as u32, agent: agent.into() };
         send(&self.control, &request, &theirs)?;
         let ours: Vec<OwnedFd> = pairs.into_iter().map(|(ours, _)| ours).collect();
         let (decoded_ns, stopped_ns, resumed_ns) = match receive(&self.control)?.0 {
             Reply::Forked { decoded_ns, stopped_ns, resumed_ns } => (decoded_ns, stopped_ns, resumed_ns),
             other => return Err(refused(other)),
         };
-        let children = ours.into_iter().map(|control| Self { control, child: None }.parked());
-        Ok(Fork { decoded_ns, stopped_ns, resumed_ns, children: children.collect::<Result<_, _>>()? })
+        let children = ours.into_iter().map(|control| Self { control, child: None }).collect();
+        Ok(Forking { decoded_ns, stopped_ns, resumed_ns, children })
     }
 
-    /// Saves a snapshot of the running guest in `dir`, durable when this returns. The guest stands still for
-    /// a fork, not for the disk, and goes on. Dropping the worker then is hibernation; restoring the
-    /// snapshot, any number of times, is [`Worker::prepare`].
+    /// Saves a snapshot of the running guest in `dir`, durable when this returns; nobody else may be writing
+    /// there. The guest stands still for a fork, not for the disk, and goes on. Restoring the snapshot, any
+    /// number of times, is [`Worker::prepare`].
     ///
     /// # Errors
-    /// [`WorkerError::Refused`]: the guest is as it was, and nothing of the snapshot is left.
-    pub fn snapshot(&self, agent: &Agent, dir: &Path) -> Result<Saved, WorkerError> {
+    /// The guest is as it was, and nothing of the snapshot is left; after [`WorkerError::NotSaved`] a
+    /// directory whose name ends in `.partial` is.
+    pub fn snapshot(&self, agent: impl Into<AgentState>, dir: &Path) -> Result<Saved, WorkerError> {
+        self.begin_snapshot(agent, dir)?.finish()
+    }
+
+    /// As [`Worker::snapshot`], but returns when the guest goes on: nothing is durable yet.
+    ///
+    /// # Errors
+    /// As for [`Worker::snapshot`].
+    pub fn begin_snapshot(&self, agent: impl Into<AgentState>, dir: &Path) -> Result<Saving, WorkerError> {
+        self.save(agent.into(), dir, None)
+    }
+
+    /// Saves the running guest as the next generation of a claimed sandbox, durable when this returns. The
+    /// guest goes on; dropping the worker and then the claim is hibernation.
+    ///
+    /// # Errors
+    /// The newest generation is what it was, and so is the guest.
+    pub fn hibernate(&self, agent: impl Into<AgentState>, claim: &Claim) -> Result<Saved, WorkerError> {
+        let saved = self.save(agent.into(), &claim.next()?, Some(claim)).and_then(Saving::finish);
+        match &saved {
+            Ok(_) => claim.saved(),
+            // What it left is swept at the next claim if it cannot be now.
+            Err(_) => drop(claim.sweep()),
+        }
+        saved
+    }
+
+    fn save(&self, agent: AgentState, dir: &Path, claim: Option<&Claim>) -> Result<Saving, WorkerError> {
         let (ours, theirs) = pair()?;
-        let request = Request::Snapshot { dir: dir.to_owned(), agent: agent.own_state() };
-        send(&self.control, &request, &[theirs.as_fd()])?;
+        let request = Request::Snapshot { dir: dir.to_owned(), agent };
+        // The socket last: a process that ends closes its files in order, and when its end is seen here the
+        // claim is this owner's alone.
+        let fds: Vec<_> = claim.map(|claim| claim.as_fd()).into_iter().chain([theirs.as_fd()]).collect();
+        send(&self.control, &request, &fds)?;
         // The only other end is then the child's: if it dies, that is seen.
         drop(theirs);
         let (decoded_ns, resumed_ns) = match receive(&self.control)?.0 {
             Reply::Forked { decoded_ns, resumed_ns, .. } => (decoded_ns, resumed_ns),
             other => return Err(refused(other)),
         };
-        match receive(&ours)?.0 {
-            Reply::Saved => Ok(Saved { decoded_ns, resumed_ns }),
-            other => Err(refused(other)),
-        }
+        Ok(Saving { done: ours, saved: Saved { decoded_ns, resumed_ns } })
     }
 
     /// What its guest has cost.
@@ -211,9 +299,22 @@ impl Parked {
     /// # Errors
     /// What the worker or the agent said; the guest is gone.
     pub fn go(self, identity: &Identity, timeout: Duration) -> Result<Going, WorkerError> {
+        let mut going = self.begin(identity)?;
+        going.agent.set_timeout(Some(timeout))?;
+        going.agent.end_adopt()?;
+        going.agent.set_timeout(None)?;
+        Ok(going)
+    }
+
+    /// As [`Parked::go`], but does not wait for the guest's word that it has taken its identity: that is the
+    /// first message which the agent's connection will carry. What is sent to the guest after this it does
+    /// after that.
+    ///
+    /// # Errors
+    /// What the worker said; the guest is gone.
+    pub fn begin(self, identity: &Identity) -> Result<Going, WorkerError> {
         let frame = Agent::adopt_frame(identity)?;
-        let mut agent = Agent::resume(self.connection, &self.agent)?;
-        agent.set_timeout(Some(timeout))?;
+        let agent = Agent::resume(self.connection, &self.agent)?;
         let mailbox = if self.at_gate {
             frame
         } else {
@@ -225,8 +326,6 @@ impl Parked {
             Reply::Going { decoded_ns, first_exit_ns } => (decoded_ns, first_exit_ns),
             other => return Err(refused(other)),
         };
-        agent.end_adopt()?;
-        agent.set_timeout(None)?;
         Ok(Going { worker: self.worker, agent, decoded_ns, first_exit_ns })
     }
 }
@@ -238,6 +337,7 @@ fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
 fn refused(reply: Reply) -> WorkerError {
     match reply {
         Reply::Failed(why) => WorkerError::Refused(why),
+        Reply::NoSpace(why) => WorkerError::NoSpace(why),
         other => WorkerError::OutOfTurn(format!("{other:?}")),
     }
 }

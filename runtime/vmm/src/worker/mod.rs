@@ -21,7 +21,7 @@ mod client;
 mod process;
 mod wire;
 
-pub use client::{Fork, Going, MOST_CHILDREN, Parked, Saved, Worker, WorkerError};
+pub use client::{Fork, Forking, Going, MOST_CHILDREN, Parked, Saved, Saving, Worker, WorkerError};
 pub use process::serve;
 
 use serde::{Deserialize, Serialize};

@@ -7,9 +7,10 @@ use crate::agent::AGENT_PORT;
 use crate::assist::HostCpu;
 use crate::devices::Disk;
 use crate::memory::GuestMemory;
-use crate::snapshot::{AgentState, Compat, MachineState, Snapshot, Stored};
+use crate::snapshot::{AgentState, Compat, MachineState, Run, Snapshot, Stored};
 use crate::sys::process::{Forked, close_all_but, exit_now, fork, ignore_children};
-use crate::vm::{DiskConfig, MicroVm, open_disks, open_kvm};
+use crate::vm::{DiskConfig, MicroVm, Shell, open_disks, open_kvm};
+use kvm_ioctls::Kvm;
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -27,8 +28,9 @@ struct Sandbox {
     vm: MicroVm,
     compat: Compat,
     disks: Vec<Disk>,
-    /// The memory image that it was restored from.
+    /// The memory image that it was restored from, and which pages of it were another file's.
     base: Arc<File>,
+    runs: Arc<[Run]>,
     /// A second descriptor of the agent's connection: to see what its reader has not read when the guest is
     /// forked.
     agent: UnixStream,
@@ -37,27 +39,39 @@ struct Sandbox {
 /// Serves one owner until it goes away. Ends the process, so that nothing can be left of its guest.
 pub fn serve(control: OwnedFd) -> ! {
     ignore_children();
-    // What is the same for every guest is found out before there is one: CPUID traps where this host is a
+    // What is the same for every guest is found out and made before there is one: CPUID traps where this host is a
     // virtual machine, and KVM's answer takes a third of a millisecond. If there is no KVM, the first request
     // says so.
     let _ = (Compat::host(), HostCpu::this());
-    let _ = open_kvm().and_then(|kvm| crate::vcpu::supported_cpuid(&kvm).map(drop));
-    serve_with(control, None)
+    serve_with(control, make_shell().ok(), None)
 }
 
-fn serve_with(control: OwnedFd, mut sandbox: Option<Sandbox>) -> ! {
+/// What a guest is built in.
+fn make_shell() -> Result<(Kvm, Shell), VmmError> {
+    let kvm = open_kvm()?;
+    crate::vcpu::supported_cpuid(&kvm)?;
+    let shell = Shell::build(&kvm)?;
+    Ok((kvm, shell))
+}
+
+fn serve_with(control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox: Option<Sandbox>) -> ! {
     loop {
         // The owner has gone, or broken its word: the guest goes too.
         let Ok((request, fds)) = receive::<Request>(&control) else { exit_now(0) };
         let decoded_ns = monotonic_ns();
         let answered = match (request, &mut sandbox) {
-            (Request::Prepare { dir, disks }, slot @ None) => match prepare(&dir, &disks, decoded_ns) {
-                Ok((prepared, reply, connection)) => {
-                    *slot = Some(prepared);
-                    send(&control, &reply, &[connection.as_fd()])
+            (Request::Prepare { dir, disks }, slot @ None) => {
+                match prepare(&mut shell, &dir, &disks, decoded_ns) {
+                    Ok((prepared, reply, connection)) => {
+                        let prepared = slot.insert(prepared);
+                        let sent = send(&control, &reply, &[connection.as_fd()]);
+                        // Its owner knows; what is still to do need not be waited for.
+                        prepared.vm.approach();
+                        sent
+                    }
+                    Err(error) => send(&control, &Reply::Failed(error.to_string()), &[]),
                 }
-                Err(error) => send(&control, &Reply::Failed(error.to_string()), &[]),
-            },
+            }
             (Request::Go { mailbox }, Some(sandbox)) => {
                 send(&control, &go(sandbox, &mailbox, decoded_ns), &[])
             }
@@ -92,6 +106,7 @@ fn serve_with(control: OwnedFd, mut sandbox: Option<Sandbox>) -> ! {
 }
 
 fn prepare(
+    shell: &mut Option<(Kvm, Shell)>,
     dir: &Path,
     disks: &[(PathBuf, bool)],
     decoded_ns: u64,
@@ -102,15 +117,16 @@ fn prepare(
         .map(|(path, read_only)| DiskConfig { path: path.clone(), read_only: *read_only })
         .collect();
     let disks = open_disks(&configs)?;
-    let vm = MicroVm::restore(&stored, duplicates(&disks)?, &open_kvm()?)?;
+    let (kvm, shell) = shell.take().map_or_else(make_shell, Ok)?;
+    let vm = MicroVm::restore_in(&stored, duplicates(&disks)?, &kvm, shell)?;
     let Snapshot { compat, machine } = stored.snapshot;
-    ready(vm, (compat, disks, stored.memory), machine.agent, decoded_ns)
+    ready(vm, (compat, disks, stored.memory, machine.runs.into()), machine.agent, decoded_ns)
 }
 
 /// The parked guest, what to say of it, and its agent's connection.
 fn ready(
     vm: MicroVm,
-    (compat, disks, base): (Compat, Vec<Disk>, Arc<File>),
+    (compat, disks, base, runs): (Compat, Vec<Disk>, Arc<File>, Arc<[Run]>),
     agent: AgentState,
     decoded_ns: u64,
 ) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
@@ -118,7 +134,7 @@ fn ready(
     let connection = vm.event_loop().restored_connection(AGENT_PORT).ok_or_else(lost)?;
     let second = connection.try_clone().map_err(os("cannot duplicate a descriptor"))?;
     let reply = Reply::Ready { pid: std::process::id(), agent, at_gate: vm.is_at_gate(), decoded_ns };
-    Ok((Sandbox { vm, compat, disks, base, agent: second }, reply, connection))
+    Ok((Sandbox { vm, compat, disks, base, runs, agent: second }, reply, connection))
 }
 
 fn duplicates(disks: &[Disk]) -> Result<Vec<Disk>, VmmError> {
@@ -137,11 +153,21 @@ fn go(sandbox: &Sandbox, mailbox: &[u8], decoded_ns: u64) -> Reply {
     if let Err(error) = sandbox.vm.go(mailbox) {
         return Reply::Failed(error.to_string());
     }
-    let first = sandbox.vm.wait_first_exit(FIRST_EXIT_PATIENCE);
+    let first = sandbox.vm.wait_first_exit(!mailbox.is_empty(), FIRST_EXIT_PATIENCE);
     // Both clocks are the same; an `Instant` just does not say its number.
     let ago = |at: Instant| u64::try_from(at.elapsed().as_nanos()).unwrap_or(0);
     let first_exit_ns = first.map_or(0, |at| monotonic_ns() - ago(at));
     Reply::Going { decoded_ns, first_exit_ns }
+}
+
+/// Ends a forked child that panics: the frames below it are its parent's, and what they would drop belongs to
+/// threads that the child does not have.
+struct AbortOnUnwind;
+
+impl Drop for AbortOnUnwind {
+    fn drop(&mut self) {
+        std::process::abort();
+    }
 }
 
 /// Forks the process while the guest stands still. `child` gets the guest's memory and state; the guest goes on in
@@ -164,6 +190,7 @@ fn split(
             Ok(Reply::Forked { decoded_ns, stopped_ns, resumed_ns: monotonic_ns() })
         }
         Forked::Child => {
+            let _guard = AbortOnUnwind;
             child(ManuallyDrop::new(paused).memory(), machine);
             exit_now(0)
         }
@@ -186,21 +213,27 @@ fn fork_guest(
 /// Saves a snapshot: the child, which has the guest's memory as it was, writes it out.
 fn save(
     sandbox: &Sandbox,
-    mut sockets: Vec<OwnedFd>,
+    mut held: Vec<OwnedFd>,
     agent: AgentState,
     dir: &Path,
     decoded_ns: u64,
 ) -> Result<Reply, VmmError> {
-    let (Some(done), true) = (sockets.pop(), sockets.is_empty()) else {
-        return Err(VmmError::Agent("a snapshot needs one socket".to_owned()));
+    let Some(done) = held.pop() else {
+        return Err(VmmError::Agent("a snapshot needs a socket".to_owned()));
     };
-    split(sandbox, agent, decoded_ns, |mem, machine| {
-        close_all_but(&[sandbox.base.as_raw_fd(), done.as_raw_fd()]);
+    split(sandbox, agent, decoded_ns, move |mem, machine| {
+        // The claim on the place outlives its owner, or another one could come and be overtaken.
+        let keep = held.iter().chain([&done]).map(|fd| fd.as_raw_fd()).chain([sandbox.base.as_raw_fd()]);
+        close_all_but(&keep.collect::<Vec<_>>());
+        let machine = MachineState { runs: sandbox.runs.to_vec(), ..machine };
         let snapshot = Snapshot { compat: sandbox.compat.clone(), machine };
         let reply = match snapshot.save(&mem, &sandbox.base, dir) {
             Ok(()) => Reply::Saved,
+            Err(error) if error.is_no_space() => Reply::NoSpace(error.to_string()),
             Err(error) => Reply::Failed(error.to_string()),
         };
+        // When the owner has the word, the claim is the owner's alone.
+        drop(held);
         // If the owner has gone, what is on disk is complete or absent all the same.
         let _ = send(&done, &reply, &[]);
     })
@@ -232,7 +265,7 @@ fn become_children(
         Ok((sandbox, reply, connection)) => {
             let _ = send(&mine, &reply, &[connection.as_fd()]);
             drop(connection);
-            serve_with(mine, Some(sandbox))
+            serve_with(mine, None, Some(sandbox))
         }
         Err(error) => {
             let _ = send(&mine, &Reply::Failed(error.to_string()), &[]);
@@ -248,8 +281,7 @@ fn rebuild(
 ) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
     let begun_ns = monotonic_ns();
     let disks = duplicates(&parent.disks)?;
-    let vm =
-        MicroVm::restore_in(&parent.compat, machine, duplicates(&disks)?, &open_kvm()?, mem, Instant::now())?;
-    let parts = (parent.compat.clone(), disks, Arc::clone(&parent.base));
+    let vm = MicroVm::restore_over(mem, &parent.compat, machine, duplicates(&disks)?, &open_kvm()?)?;
+    let parts = (parent.compat.clone(), disks, Arc::clone(&parent.base), Arc::clone(&parent.runs));
     ready(vm, parts, machine.agent.clone(), begun_ns)
 }

@@ -40,8 +40,8 @@ pub(crate) enum Request {
         /// The owner's part of the conversation with the agent.
         agent: AgentState,
     },
-    /// Save a snapshot of the running guest. A socket comes with the message, for the word that it is
-    /// durable.
+    /// Save a snapshot of the running guest. The last descriptor of the message is a socket for the word that
+    /// it is durable; those before it are held open until then.
     Snapshot {
         /// The snapshot's directory, which must not exist.
         dir: PathBuf,
@@ -84,6 +84,8 @@ pub(crate) enum Reply {
     },
     /// A snapshot is on disk, durable.
     Saved,
+    /// There is no space for the snapshot; the guest is as it was before.
+    NoSpace(String),
     /// See [`super::WorkerStats`].
     Stats(super::WorkerStats),
     /// It could not be done; the guest is as it was before.

@@ -2,40 +2,14 @@
 
 use proptest::prelude::*;
 
+use super::super::fake::{OPCODES, PREFIXES, general};
 use super::*;
 
 /// Instruction bytes: noise, or one of the table's opcodes with noise around it.
 fn any_code() -> impl Strategy<Value = Vec<u8>> {
-    let prefix = prop_oneof![
-        Just(vec![]),
-        Just(vec![0x48]),
-        Just(vec![0x66]),
-        Just(vec![0xf2]),
-        Just(vec![0xf3]),
-        Just(vec![0xf3, 0x48]),
-        Just(vec![0x65, 0x48]),
-        Just(vec![0xf0, 0x48]),
-        Just(vec![0x36, 0x67]),
-    ];
-    let opcode = prop_oneof![
-        Just(vec![0x0f, 0xae]),
-        Just(vec![0x0f, 0xc7]),
-        Just(vec![0x0f, 0xb8]),
-        Just(vec![0x0f, 0xbc]),
-        Just(vec![0x0f, 0xbd]),
-        Just(vec![0x0f, 0x00]),
-        Just(vec![0x0f, 0x01]),
-        Just(vec![0x0f, 0x02]),
-        Just(vec![0x0f, 0x03]),
-        Just(vec![0x0f, 0x38, 0xf0]),
-        Just(vec![0x0f, 0x38, 0xf1]),
-        Just(vec![0xc4, 0xe2, 0x60, 0xf2]),
-        Just(vec![0xc4, 0xe2, 0x72, 0xf7]),
-        Just(vec![0x9b]),
-        Just(vec![0xcc]),
-    ];
+    let (prefix, opcode) = (prop::sample::select(PREFIXES), prop::sample::select(OPCODES));
     let known = (prefix, opcode, prop::collection::vec(any::<u8>(), 0..10))
-        .prop_map(|(prefix, opcode, rest)| [prefix, opcode, rest].concat());
+        .prop_map(|(prefix, opcode, rest)| [prefix, opcode, &rest].concat());
     prop_oneof![3 => known, 1 => prop::collection::vec(any::<u8>(), 0..20)]
 }
 
@@ -53,25 +27,7 @@ fn any_register() -> impl Strategy<Value = u64> {
 }
 
 fn set_registers(regs: &mut kvm_regs, values: &[u64; 16]) {
-    let places = [
-        &mut regs.rax,
-        &mut regs.rbx,
-        &mut regs.rcx,
-        &mut regs.rdx,
-        &mut regs.rsi,
-        &mut regs.rdi,
-        &mut regs.rsp,
-        &mut regs.rbp,
-        &mut regs.r8,
-        &mut regs.r9,
-        &mut regs.r10,
-        &mut regs.r11,
-        &mut regs.r12,
-        &mut regs.r13,
-        &mut regs.r14,
-        &mut regs.r15,
-    ];
-    for (place, value) in places.into_iter().zip(values) {
+    for (place, value) in general(regs).into_iter().zip(values) {
         *place = *value;
     }
 }

@@ -12,13 +12,12 @@ mod system;
 mod xstate;
 mod xstate_faults;
 
-use std::io;
-
 use kvm_bindings::{kvm_regs, kvm_sregs};
 use proptest::prelude::ProptestConfig;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 
-use super::{CpuState, Exception, HostCpu, Op, Unassisted, assist};
+use super::fake::FakeCpu;
+use super::{Exception, HostCpu, Op, Unassisted, assist};
 
 pub(crate) const PRESENT: u64 = 1;
 pub(crate) const WRITABLE: u64 = 1 << 1;
@@ -56,79 +55,6 @@ pub(crate) const DATA_PAGES: u64 = 8;
 /// Settings of the property tests: no files of failed seeds beside the sources.
 pub(crate) fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
-}
-
-/// A vCPU of plain data.
-pub(crate) struct FakeCpu {
-    pub(crate) regs: kvm_regs,
-    pub(crate) sregs: kvm_sregs,
-    pub(crate) image: Vec<u8>,
-    pub(crate) commits: usize,
-    pub(crate) xcr0: u64,
-    /// What every MSR holds, unless one of its own is here.
-    pub(crate) msr: u64,
-    pub(crate) tsc: u64,
-    pub(crate) injected: Vec<Exception>,
-}
-
-impl CpuState for FakeCpu {
-    fn regs(&self) -> &kvm_regs {
-        &self.regs
-    }
-
-    fn regs_mut(&mut self) -> &mut kvm_regs {
-        &mut self.regs
-    }
-
-    fn sregs(&self) -> &kvm_sregs {
-        &self.sregs
-    }
-
-    fn sregs_mut(&mut self) -> &mut kvm_sregs {
-        &mut self.sregs
-    }
-
-    fn xsave(&mut self) -> io::Result<&mut [u8]> {
-        Ok(&mut self.image)
-    }
-
-    fn commit_xsave(&mut self) -> io::Result<()> {
-        self.commits += 1;
-        Ok(())
-    }
-
-    fn xcr0(&mut self) -> io::Result<u64> {
-        Ok(self.xcr0)
-    }
-
-    fn msr(&mut self, index: u32) -> io::Result<u64> {
-        Ok(if index == 0x10 { self.tsc } else { self.msr })
-    }
-
-    fn random(&mut self) -> io::Result<u64> {
-        Ok(0x0123_4567_89ab_cdef)
-    }
-
-    fn cmpxchg16(
-        &mut self,
-        mem: &GuestMemoryMmap<()>,
-        at: GuestAddress,
-        old: u128,
-        new: u128,
-    ) -> io::Result<u128> {
-        assert_eq!(at.0 % 16, 0, "the assist promises an aligned address");
-        let mut bytes = [0; 16];
-        mem.read_slice(&mut bytes, at).map_err(io::Error::other)?;
-        let found = u128::from_le_bytes(bytes);
-        if found == old {
-            mem.write_slice(&new.to_le_bytes(), at).map_err(io::Error::other)?;
-        }
-        Ok(found)
-    }
-
-    fn inject(&mut self, exception: Exception) {
-        self.injected.push(exception);
-    }
 }
 
 /// A fake vCPU with RAM and page tables.

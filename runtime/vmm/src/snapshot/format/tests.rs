@@ -2,14 +2,14 @@
 #![allow(clippy::unwrap_used)]
 
 use super::*;
-use crate::snapshot::{AgentState, MemoryDigest};
+use crate::snapshot::{AgentState, MemoryDigest, Run};
 use proptest::prelude::*;
 use std::path::Path;
 
 /// A snapshot that is the same on every host.
 fn small(streams: Vec<u32>, unread: Vec<u8>) -> Snapshot {
     let compat = Compat {
-        version: 1,
+        version: 2,
         kvm: "software".to_owned(),
         cpu: "00ff".to_owned(),
         cpu_name: "a CPU".to_owned(),
@@ -18,6 +18,7 @@ fn small(streams: Vec<u32>, unread: Vec<u8>) -> Snapshot {
         mem_mib: 256,
         disks_bytes: vec![4096, 1 << 20],
         memory: MemoryDigest { xxh3: 0x0123_4567_89ab_cdef, pages: 42 },
+        pages: MemoryDigest { xxh3: 0xfedc_ba98_7654_3210, pages: 3 },
     };
     let machine = MachineState {
         vcpus: Vec::new(),
@@ -26,6 +27,7 @@ fn small(streams: Vec<u32>, unread: Vec<u8>) -> Snapshot {
         devices: Vec::new(),
         agent: AgentState { next_stream: 7, streams, unread },
         at_gate: true,
+        runs: vec![Run { first: 5, pages: 2 }, Run { first: 300, pages: 1 }],
     };
     Snapshot { compat, machine }
 }
@@ -36,7 +38,7 @@ fn golden_snapshot() -> Snapshot {
 
 #[test]
 fn the_bytes_of_a_state_file_are_those_of_the_golden_one() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/state-v1");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/state-v2");
     let bytes = encode(&golden_snapshot()).unwrap();
     let golden = std::fs::read(path).unwrap();
     assert_eq!(bytes, golden, "the format changed: give it another version, and a golden file of its own");
@@ -45,7 +47,7 @@ fn the_bytes_of_a_state_file_are_those_of_the_golden_one() {
         let len = u32::from_le_bytes(golden[8..12].try_into().unwrap()) as usize;
         serde_json::from_slice(&golden[48..48 + len]).unwrap()
     };
-    assert_eq!((&record["version"], &record["memory"]["pages"]), (&1.into(), &42.into()));
+    assert_eq!((&record["version"], &record["memory"]["pages"]), (&2.into(), &42.into()));
 }
 
 #[test]

@@ -1,0 +1,45 @@
+//! The one place that knows which runtime the daemon runs on: tokio-uring, one thread, sockets on its tokio
+//! half. What blocks (workers' control sockets, files of the host) goes to a small pool of threads.
+
+use std::future::Future;
+use std::io;
+use tokio::task::JoinHandle;
+
+/// Ring entries for file work; a submission waits for a free one.
+const RING_ENTRIES: u32 = 64;
+
+/// Runs `main` to its end on this thread.
+///
+/// # Errors
+/// If the kernel refuses the ring or the runtime.
+pub fn run<F: Future>(main: F) -> io::Result<F::Output> {
+    let mut uring = tokio_uring::uring_builder();
+    uring.setup_cqsize(RING_ENTRIES * 4);
+    let mut builder = tokio_uring::builder();
+    builder.entries(RING_ENTRIES).uring_builder(&uring);
+    Ok(tokio_uring::Runtime::new(&builder)?.block_on(main))
+}
+
+/// Starts a task beside the present one, on the same thread.
+pub fn spawn<F: Future + 'static>(task: F) -> JoinHandle<F::Output>
+where
+    F::Output: 'static,
+{
+    tokio::task::spawn_local(task)
+}
+
+/// Does `work` where it may block.
+///
+/// # Panics
+/// If `work` does.
+pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    match tokio::task::spawn_blocking(work).await {
+        Ok(value) => value,
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// As [`blocking`], and nobody waits.
+pub fn blocking_detached(work: impl FnOnce() + Send + 'static) {
+    drop(tokio::task::spawn_blocking(work));
+}

@@ -1,0 +1,254 @@
+//! create: a clone of a template, from the pool or made now.
+
+use super::sandbox::{Running, Sandbox, Spec, State, Tenant};
+use super::templates::{Shape, Template};
+use super::{Service, ServiceError, Usage, ids};
+use crate::conversation::Conversation;
+use crate::executor;
+use crate::images;
+use crate::pool::CheckedOut;
+use jiff::Timestamp;
+use peregrine_vmm::agent::Identity;
+use peregrine_vmm::worker::{Going, WorkerError};
+use serde_json::json;
+use std::cell::Cell;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+/// A guest may take this long to accept its identity: it has nothing else to do.
+const ADOPT_TIMEOUT: Duration = Duration::from_secs(60);
+/// Workers that a create may find dead before it gives up.
+const MOST_DEAD_WORKERS: usize = 32;
+/// Longest environment, all variables together.
+const MOST_ENV_BYTES: usize = 32 * 1024;
+
+/// What is asked for; `None` is the configuration's default.
+#[derive(Debug, Clone, Default)]
+pub struct CreateRequest {
+    /// Image.
+    pub image: Option<String>,
+    /// Virtual CPUs.
+    pub vcpus: Option<u32>,
+    /// Memory.
+    pub mem_mib: Option<u64>,
+    /// Disk.
+    pub disk_mib: Option<u64>,
+    /// Idleness in seconds after which it ends; 0 or less never.
+    pub timeout_s: Option<f64>,
+    /// Environment of its commands.
+    pub env: Vec<(String, String)>,
+    /// Idle for its timeout, it hibernates and does not end.
+    pub sleeps_when_idle: bool,
+    /// A named network policy.
+    pub network_profile: Option<String>,
+}
+
+/// Counts a sandbox that is being made.
+struct Making<'s>(&'s Cell<usize>);
+
+impl<'s> Making<'s> {
+    fn new(count: &'s Cell<usize>) -> Self {
+        count.set(count.get() + 1);
+        Self(count)
+    }
+}
+
+impl Drop for Making<'_> {
+    fn drop(&mut self) {
+        self.0.set(self.0.get() - 1);
+    }
+}
+
+impl Service {
+    /// Makes a sandbox: when this returns its guest runs.
+    ///
+    /// # Errors
+    /// Why not; then there is none.
+    pub async fn create(
+        self: &Rc<Self>,
+        tenant: &Tenant,
+        request: &CreateRequest,
+    ) -> Result<Rc<Sandbox>, ServiceError> {
+        let begun = Instant::now();
+        let spec = self.spec(request)?;
+        self.admit(tenant, 1, &spec.shape)?;
+        let _making = Making::new(&self.making);
+        let template = self.templates.get(&spec.shape, &self.pool).await?;
+        let id = ids::run_id(self.config.node)?;
+        let (going, pid, hit) = self.begin(&template, &identity(&id)?).await?;
+        let sandbox = self.settle(&id, tenant, spec, going, pid)?;
+        sandbox.create.set(begun.elapsed());
+        let data = json!({
+            "image": sandbox.spec.shape.image.name, "vcpus": sandbox.spec.shape.vcpus,
+            "mem_mib": sandbox.spec.shape.mem_mib, "pool_hit": hit,
+        });
+        self.publish(&sandbox, "sandbox.created", data)?;
+        Ok(sandbox)
+    }
+
+    /// Lets a guest go in a worker of the pool. One that has died there is noticed now, and another is taken.
+    async fn begin(
+        &self,
+        template: &Template,
+        identity: &Identity,
+    ) -> Result<(Going, u32, bool), ServiceError> {
+        let mut left = MOST_DEAD_WORKERS;
+        loop {
+            let CheckedOut { shell, hit } = self.pool.checkout(Rc::clone(&template.key)).await?;
+            let (source, identity) = (template.source.clone(), identity.clone());
+            match executor::blocking(move || shell.begin(&source, &identity)).await {
+                Ok((going, pid)) => return Ok((going, pid, hit)),
+                Err(WorkerError::Io(error)) if left > 0 => {
+                    tracing::warn!(%error, "a worker of the pool is gone");
+                    left -= 1;
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+
+    /// What is asked for, with the defaults, if it can be.
+    fn spec(&self, request: &CreateRequest) -> Result<Spec, ServiceError> {
+        let (defaults, limits) = (&self.config.defaults, &self.config.limits);
+        let name = request.image.as_deref().unwrap_or(&defaults.image);
+        let image = images::resolve(name, &self.config.image_aliases, self.templates.artefacts())
+            .ok_or_else(|| ServiceError::NotFound { what: "image", name: name.to_owned() })?;
+        let vcpus = request.vcpus.unwrap_or(defaults.vcpus);
+        let mem_mib = request.mem_mib.unwrap_or(defaults.mem_mib);
+        if !(1..=limits.vcpus_per_sandbox).contains(&vcpus) {
+            let why = format!("{vcpus}, but must be 1 to {}", limits.vcpus_per_sandbox);
+            return Err(ServiceError::bad("vcpus", why));
+        }
+        if mem_mib > limits.mem_mib_per_sandbox {
+            let why = format!("{mem_mib}, but must be at most {}", limits.mem_mib_per_sandbox);
+            return Err(ServiceError::bad("mem_mib", why));
+        }
+        peregrine_vmm::vm::check_size(vcpus, mem_mib)
+            .map_err(|error| ServiceError::bad("mem_mib", error.to_string()))?;
+        if let Some(name) = &request.network_profile
+            && !self.config.network_profiles.iter().any(|profile| profile.name == *name)
+        {
+            return Err(ServiceError::bad("network_profile", format!("there is no profile {name:?}")));
+        }
+        let timeout_s = request.timeout_s.unwrap_or(seconds(defaults.timeout_s));
+        Ok(Spec {
+            shape: Shape { image, vcpus, mem_mib },
+            disk_mib: request.disk_mib.unwrap_or(defaults.disk_mib),
+            timeout: idleness(timeout_s)?,
+            sleeps_when_idle: request.sleeps_when_idle,
+            env: environment(&request.env)?,
+        })
+    }
+
+    /// Whether there may be `more` of this shape.
+    pub(super) fn admit(&self, tenant: &str, more: usize, shape: &Shape) -> Result<(), ServiceError> {
+        let limits = &self.config.limits;
+        let sandboxes = self.sandboxes.borrow();
+        let runs = |s: &&Rc<Sandbox>| matches!(*s.state.borrow(), State::Running(_));
+        let making = self.making.get() + more;
+        let exhausted =
+            |what, limit| Err(ServiceError::Capacity { what, limit, retry_after: Duration::from_secs(2) });
+        if sandboxes.values().filter(runs).count() + making > limits.sandboxes {
+            return exhausted("sandboxes", format!("{} may run on this node", limits.sandboxes));
+        }
+        let theirs = sandboxes.values().filter(|s| &*s.tenant == tenant).filter(runs).count();
+        if theirs + making > limits.sandboxes_per_tenant {
+            return exhausted("sandboxes", format!("{} may run for this key", limits.sandboxes_per_tenant));
+        }
+        let mem_mib: u64 = sandboxes.values().filter(runs).map(|s| s.spec.shape.mem_mib).sum();
+        if limits.mem_mib > 0 && mem_mib + shape.mem_mib * making as u64 > limits.mem_mib {
+            return exhausted("MiB of memory", format!("{} may be given to sandboxes", limits.mem_mib));
+        }
+        Ok(())
+    }
+
+    /// A sandbox of a guest that has just begun to run; nobody knows it yet.
+    pub(super) fn settle(
+        &self,
+        id: &str,
+        tenant: &Tenant,
+        spec: Spec,
+        going: Going,
+        pid: u32,
+    ) -> Result<Rc<Sandbox>, ServiceError> {
+        let sandbox = Sandbox::new(id, Rc::clone(tenant), spec, Timestamp::now(), Usage::default());
+        sandbox.runs(begin_conversation(going, pid)?);
+        Ok(Rc::new(sandbox))
+    }
+
+    /// Makes a sandbox known: to the registry, to the audit log, to its tenant. From then on its end is noticed.
+    pub(super) fn publish(
+        self: &Rc<Self>,
+        sandbox: &Rc<Sandbox>,
+        event: &'static str,
+        data: serde_json::Value,
+    ) -> Result<(), ServiceError> {
+        self.journal.append(&sandbox.tenant, &sandbox.id, event, data)?;
+        self.note(sandbox)?;
+        self.sandboxes.borrow_mut().insert(Rc::clone(&sandbox.id), Rc::clone(sandbox));
+        self.watch(sandbox);
+        Ok(())
+    }
+
+    /// Notices when the sandbox's present worker ends by itself.
+    pub(super) fn watch(self: &Rc<Self>, sandbox: &Rc<Sandbox>) {
+        let Ok(Running { conversation, pid, .. }) = sandbox.running() else { return };
+        let (service, sandbox) = (Rc::downgrade(self), Rc::downgrade(sandbox));
+        executor::spawn(async move {
+            let adopted = tokio::time::timeout(ADOPT_TIMEOUT, conversation.adopted()).await;
+            let why = match adopted {
+                Err(_) => "it did not take its identity in time".into(),
+                Ok(_) => {
+                    // Held no longer than needed: the conversation ends when the sandbox lets go of it.
+                    let ended = conversation.ended();
+                    ended.await.0
+                }
+            };
+            if let (Some(service), Some(sandbox)) = (service.upgrade(), sandbox.upgrade()) {
+                service.lose(&sandbox, pid, &why);
+            }
+        });
+    }
+}
+
+/// The identity of a sandbox: its host name is its id.
+pub(super) fn identity(id: &str) -> std::io::Result<Identity> {
+    Ok(Identity { hostname: id.to_owned(), ..Identity::fresh()? })
+}
+
+/// From here on the guest is spoken to without blocking.
+pub(super) fn begin_conversation(going: Going, pid: u32) -> Result<Running, ServiceError> {
+    let (socket, state) = going.agent.into_parts();
+    Ok(Running::new(going.worker, Conversation::start(socket, state)?, pid))
+}
+
+fn seconds(whole: u64) -> f64 {
+    #[allow(clippy::cast_precision_loss)]
+    let seconds = whole as f64;
+    seconds
+}
+
+/// Seconds of idleness as clients give them: 0 and less disable.
+pub fn idleness(seconds: f64) -> Result<Option<Duration>, ServiceError> {
+    if !seconds.is_finite() {
+        return Err(ServiceError::bad("timeout", "must be a number of seconds"));
+    }
+    // A century is for ever.
+    Ok((seconds > 0.0).then(|| Duration::from_secs_f64(seconds.min(3.2e9))))
+}
+
+fn environment(env: &[(String, String)]) -> Result<Vec<String>, ServiceError> {
+    let mut bytes = 0;
+    let variable = |(name, value): &(String, String)| {
+        bytes += name.len() + value.len() + 2;
+        if name.is_empty() || name.contains(['=', '\0']) || value.contains('\0') {
+            let why = format!("{name:?} must not be empty, and hold neither '=' nor NUL");
+            return Err(ServiceError::bad("env", why));
+        }
+        if bytes > MOST_ENV_BYTES {
+            return Err(ServiceError::bad("env", format!("must be at most {MOST_ENV_BYTES} bytes in all")));
+        }
+        Ok(format!("{name}={value}"))
+    };
+    env.iter().map(variable).collect()
+}

@@ -1,0 +1,96 @@
+//! fork: children that have the sandbox's memory and files, and from then on each its own.
+
+use super::create::{begin_conversation, identity};
+use super::sandbox::{Running, Sandbox};
+use super::{Service, ServiceError, ids};
+use crate::executor;
+use jiff::Timestamp;
+use peregrine_vmm::worker::{MOST_CHILDREN, WorkerError};
+use serde_json::json;
+use std::rc::Rc;
+use std::time::Instant;
+
+impl Service {
+    /// Forks a running sandbox into `count` more. It stands still for the fork of its process only.
+    ///
+    /// # Errors
+    /// Why not; then there are none, and the sandbox is as it was.
+    pub async fn fork(
+        self: &Rc<Self>,
+        sandbox: &Rc<Sandbox>,
+        count: usize,
+    ) -> Result<Vec<Rc<Sandbox>>, ServiceError> {
+        if !(1..=MOST_CHILDREN).contains(&count) {
+            return Err(ServiceError::bad("count", format!("{count}, but must be 1 to {MOST_CHILDREN}")));
+        }
+        let begun = Instant::now();
+        let _turn = sandbox.turn().await;
+        let _activity = sandbox.activity();
+        let running = sandbox.running()?;
+        self.admit(&sandbox.tenant, count, &sandbox.spec.shape)?;
+        let mut names = Vec::with_capacity(count);
+        for _ in 0..count {
+            let id = ids::run_id(self.config.node)?;
+            names.push((identity(&id)?, id));
+        }
+        let children = fork_running(&running, names).await.map_err(|error| gone(sandbox, error))??;
+        let mut made = Vec::with_capacity(count);
+        for (id, going, pid) in children {
+            let spec = super::Spec { timeout: sandbox.timeout(), ..sandbox.spec.clone() };
+            let child = Sandbox::new(
+                &id,
+                Rc::clone(&sandbox.tenant),
+                spec,
+                Timestamp::now(),
+                super::Usage::default(),
+            );
+            child.runs(begin_conversation(going, pid)?);
+            child.create.set(begun.elapsed());
+            made.push(Rc::new(child));
+        }
+        for child in &made {
+            let data = json!({ "parent": &*sandbox.id });
+            if let Err(error) = self.publish(child, "sandbox.forked", data) {
+                for known in &made {
+                    let _ = self.destroy(&known.tenant, &known.id).await;
+                }
+                return Err(error);
+            }
+        }
+        Ok(made)
+    }
+}
+
+type Child = (String, peregrine_vmm::worker::Going, u32);
+
+/// Forks the worker while the conversation stands still; the children take their identities beside it.
+async fn fork_running(
+    running: &Running,
+    names: Vec<(peregrine_vmm::agent::Identity, String)>,
+) -> Result<Result<Vec<Child>, WorkerError>, crate::conversation::Ended> {
+    let paused = running.conversation.pause().await?;
+    let (state, count) = (paused.state.clone(), names.len());
+    let forked = running.with_worker(move |worker| worker.begin_fork(state, count)).await;
+    // The parent's conversation goes on; what the children need is in their own state.
+    drop(paused);
+    let forking = match forked {
+        Ok(forking) => forking,
+        Err(error) => return Ok(Err(error)),
+    };
+    let begin = move || {
+        let fork = forking.finish()?;
+        fork.children
+            .into_iter()
+            .zip(names)
+            .map(|(child, (identity, id))| {
+                let pid = child.pid();
+                Ok((id, child.begin(&identity)?, pid))
+            })
+            .collect()
+    };
+    Ok(executor::blocking(begin).await)
+}
+
+pub(super) fn gone(sandbox: &Sandbox, ended: crate::conversation::Ended) -> ServiceError {
+    ServiceError::lost(&sandbox.id)(ended)
+}

@@ -1,0 +1,91 @@
+//! What a sandbox uses: time on the monotonic clock, CPU time and memory of its microVM's process.
+//!
+//! Each second counts once: time while it runs, not while it sleeps; a clock that is set does not matter.
+
+use std::time::{Duration, Instant};
+
+/// What it has used so far.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// How long it has run.
+    pub ran: Duration,
+    /// CPU time of its processes.
+    pub cpu: Duration,
+    /// Most memory one of them had resident.
+    pub mem_peak_bytes: u64,
+}
+
+/// The meter of one sandbox.
+#[derive(Debug)]
+pub(super) struct Meter {
+    /// Of workers that have gone.
+    before: Usage,
+    /// Since when the present one runs, and its process.
+    running: Option<(Instant, u32)>,
+}
+
+impl Meter {
+    /// One that has counted `before` already; it stands still.
+    #[must_use]
+    pub(super) fn new(before: Usage) -> Self {
+        Self { before, running: None }
+    }
+
+    /// A worker runs from now on.
+    pub(super) fn start(&mut self, pid: u32) {
+        self.running = Some((Instant::now(), pid));
+    }
+
+    /// What it has used up to now.
+    #[must_use]
+    pub(super) fn read(&self) -> Usage {
+        let Some((since, pid)) = self.running else { return self.before };
+        let (cpu, mem_peak_bytes) = of_process(pid).unwrap_or_default();
+        Usage {
+            ran: self.before.ran + since.elapsed(),
+            cpu: self.before.cpu + cpu,
+            mem_peak_bytes: self.before.mem_peak_bytes.max(mem_peak_bytes),
+        }
+    }
+
+    /// The worker is about to go: after this nothing is counted.
+    pub(super) fn stop(&mut self) -> Usage {
+        self.before = self.read();
+        self.running = None;
+        self.before
+    }
+}
+
+/// CPU time, and peak resident memory without the template's shared pages where the kernel tells them apart.
+fn of_process(pid: u32) -> Option<(Duration, u64)> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name, in parentheses, may hold anything; utime and stime are fields 14 and 15 (proc_pid_stat(5)).
+    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+    let ticks = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+    let cpu = Duration::from_millis(ticks * 1000 / rustix::param::clock_ticks_per_second());
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let kib = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    let kib: u64 = kib.trim().trim_end_matches(" kB").parse().ok()?;
+    Some((cpu, kib * 1024))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_stopped_meter_has_counted_stays_and_a_new_worker_adds_to_it() {
+        let before = Usage { ran: Duration::from_secs(5), cpu: Duration::from_secs(2), mem_peak_bytes: 1 };
+        let mut meter = Meter::new(before);
+        assert_eq!(meter.read(), before);
+        meter.start(std::process::id());
+        let running = meter.read();
+        assert!(running.ran >= before.ran && running.cpu >= before.cpu && running.mem_peak_bytes > 1);
+        let stopped = meter.stop();
+        assert!(stopped.ran >= running.ran);
+        assert_eq!((meter.read(), meter.stop()), (stopped, stopped));
+        // A process that is gone costs nothing more.
+        meter.start(u32::MAX);
+        assert!(meter.read().cpu == stopped.cpu);
+    }
+}

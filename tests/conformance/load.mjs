@@ -1,0 +1,75 @@
+// Slow, idle and large clients: who dawdles is cut, who is idle costs little, and a good client does not notice.
+import assert from 'node:assert/strict';
+import { createHash } from 'node:crypto';
+import http from 'node:http';
+import net from 'node:net';
+
+const { ISORUN_API_URL: base, ISORUN_API_KEY: key } = process.env;
+const { hostname: host, port } = new URL(base);
+const headers = { authorization: `Bearer ${key}` };
+const call = async (method, path, body) => {
+  const response = await fetch(base + path, { method, headers, body: body && JSON.stringify(body) });
+  assert.ok(response.ok, `${method} ${path}: ${response.status}`);
+  return response.json();
+};
+const connect = () => new Promise((resolve, reject) => {
+  const socket = net.connect(port, host, () => resolve(socket));
+  socket.once('error', reject);
+});
+
+// Slow heads: a byte now and then does not help.
+const slow = await Promise.all(Array.from({ length: 50 }, connect));
+const cut = slow.map((socket) => new Promise((wake) => socket.on('close', wake).on('error', () => {})));
+const drip = setInterval(() => slow.forEach((socket) => socket.destroyed || socket.write('x')), 200);
+slow.forEach((socket) => socket.write('GET /healthz HTTP/1.1\r\nx-a: '));
+// A slow body, meanwhile.
+const lazy = await connect();
+lazy.write(`POST /v1/runs HTTP/1.1\r\nhost: x\r\nauthorization: Bearer ${key}\r\ncontent-length: 100\r\n\r\n{`);
+const answer = new Promise((wake) => lazy.once('data', (bytes) => wake(bytes.toString())));
+
+const idle = [];
+for (let i = 0; i < 10_000; i += 500) idle.push(...(await Promise.all(Array.from({ length: 500 }, connect))));
+assert.equal(idle.length, 10_000);
+assert.equal((await call('GET', '/healthz')).status, 'ok');
+await Promise.all(cut);
+clearInterval(drip);
+assert.match(await answer, /^HTTP\/1.1 504 /);
+assert.ok(idle.every((socket) => !socket.destroyed), 'who is idle is not cut');
+idle.forEach((socket) => socket.destroy());
+
+// 256 MiB up and down again, byte for byte.
+const size = 256 << 20;
+const sandbox = await call('POST', '/v1/runs', { mem_mib: 1024, timeout: 0 });
+const portion = Buffer.alloc(1 << 20);
+const sent = createHash('sha256');
+const began = performance.now();
+await new Promise((resolve, reject) => {
+  const upload = http.request({ host, port, method: 'POST', path: `/v1/runs/${sandbox.id}/files/upload?path=/tmp/big`, headers }, (response) => {
+    response.resume();
+    response.on('end', () => (response.statusCode === 200 ? resolve() : reject(new Error(`upload: ${response.statusCode}`))));
+  });
+  upload.on('error', reject);
+  let at = 0;
+  const feed = () => {
+    while (at < size) {
+      portion.fill(at >> 20);
+      sent.update(portion);
+      at += portion.length;
+      if (!upload.write(Buffer.from(portion))) return upload.once('drain', feed);
+    }
+    upload.end();
+  };
+  feed();
+});
+const middle = performance.now();
+const heard = createHash('sha256');
+let bytes = 0;
+const download = await fetch(`${base}/v1/runs/${sandbox.id}/files/download?path=/tmp/big`, { headers });
+for await (const part of download.body) {
+  heard.update(part);
+  bytes += part.length;
+}
+assert.equal(bytes, size);
+assert.equal(heard.digest('hex'), sent.digest('hex'));
+console.log(`256 MiB up: ${((middle - began) / 1000).toFixed(1)} s, down: ${((performance.now() - middle) / 1000).toFixed(1)} s`);
+await call('DELETE', `/v1/runs/${sandbox.id}`);

@@ -1,0 +1,88 @@
+//! `peregrine serve` from outside, on real microVMs: the published client, unmodified, through every method of
+//! it and as an MCP server; what it does not use; every error; a crash; clients that are slow, idle or large.
+#![allow(clippy::unwrap_used)]
+
+use std::process::Command;
+use tests::daemon::Daemon;
+use tests::{kvm_or_skip, peregrine};
+
+const CONFIG: &str = "[image_aliases]\n\"node:22-slim\" = \"default\"\n[defaults]\nmem_mib = 128\n";
+/// Most memory that the daemon may ever have, whatever it passes on.
+const MOST_BYTES: u64 = 64 << 20;
+
+/// Runs a program of `tests/conformance` to its end, and shows what it says.
+fn run(daemon: &Daemon, program: &str, arguments: &[&str]) -> String {
+    let output = daemon.node(program, arguments);
+    let (stdout, stderr) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{program}: {stdout}\n{stderr}");
+    eprint!("{stdout}");
+    stdout.into_owned()
+}
+
+#[test]
+fn the_published_client_and_plain_http_do_what_they_promise() {
+    if !kvm_or_skip("the_published_client_and_plain_http_do_what_they_promise") {
+        return;
+    }
+    let daemon = Daemon::start(CONFIG);
+    for program in ["client.mjs", "streams.mjs", "proxy.mjs", "mcp.mjs"] {
+        run(&daemon, program, &[]);
+    }
+    assert!(daemon.peak_bytes() < MOST_BYTES, "{} bytes", daemon.peak_bytes());
+}
+
+#[test]
+fn every_error_of_the_document_can_be_provoked_and_keys_and_tenants_are_kept_apart() {
+    if !kvm_or_skip("every_error_of_the_document_can_be_provoked_and_keys_and_tenants_are_kept_apart") {
+        return;
+    }
+    let limits = "[limits]\nsandboxes = 3\nrequests_per_s = 200\nrequest_burst = 400\n";
+    let daemon = Daemon::start(&format!("{CONFIG}{limits}"));
+    run(&daemon, "errors.mjs", &[]);
+}
+
+#[test]
+fn a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what_slept() {
+    if !kvm_or_skip("a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what_slept") {
+        return;
+    }
+    let daemon = Daemon::start(CONFIG);
+    let said = run(&daemon, "crash.mjs", &["before"]);
+    // Two daemons must not serve one state directory.
+    let mut second = Command::new(peregrine());
+    let second = second.arg("--state").arg(daemon.state()).args(["serve", "--listen", "127.0.0.1:0"]);
+    let second = second.output().unwrap();
+    assert_eq!(second.status.code(), Some(125));
+    assert!(String::from_utf8_lossy(&second.stderr).contains("another peregrine"), "{second:?}");
+    let workers = daemon.workers();
+    assert!(!workers.is_empty());
+    let state = daemon.crash();
+    for worker in workers {
+        // They notice that their owner is gone.
+        while std::path::Path::new(&format!("/proc/{worker}/exe")).exists() {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+    }
+    let daemon = Daemon::start_in(state, &["--dev"]);
+    run(&daemon, "crash.mjs", &["after", said.trim()]);
+    let log = daemon.state().join("audit/dev");
+    drop_and_verify(daemon, &log);
+}
+
+/// Ends the daemon as a service is ended, and verifies its audit log.
+fn drop_and_verify(daemon: Daemon, log: &std::path::Path) {
+    let home = daemon.end();
+    let verified = Command::new(peregrine()).args(["audit", "verify"]).arg(log).output().unwrap();
+    assert!(verified.status.success(), "{verified:?}");
+    drop(home);
+}
+
+#[test]
+fn slow_clients_are_cut_idle_ones_are_not_and_files_do_not_pass_through_memory() {
+    if !kvm_or_skip("slow_clients_are_cut_idle_ones_are_not_and_files_do_not_pass_through_memory") {
+        return;
+    }
+    let daemon = Daemon::start(&format!("{CONFIG}[limits]\nhead_s = 3\nbody_s = 5\n"));
+    run(&daemon, "load.mjs", &[]);
+    assert!(daemon.peak_bytes() < MOST_BYTES, "{} bytes", daemon.peak_bytes());
+}
