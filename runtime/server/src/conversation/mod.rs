@@ -188,6 +188,11 @@ impl Conversation {
         }
     }
 
+    /// Ends it for everybody who still waits for something, before its worker has gone.
+    pub fn end(&self, why: &str) {
+        self.shared.end(why);
+    }
+
     /// Why it is over, if it is.
     #[must_use]
     pub fn is_over(&self) -> Option<Ended> {

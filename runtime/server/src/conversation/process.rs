@@ -97,16 +97,39 @@ impl Output {
             let message = Message::Window(std::mem::take(&mut self.owed_bytes));
             let _ = self.orders.send(Order::Frame { stream: self.stream, message });
         }
-        let event = self.events.recv().await.ok_or_else(|| {
-            self.over = true;
-            self.shared.why()
-        })?;
+        let shared = Rc::clone(&self.shared);
+        let event = loop {
+            let changed = shared.changed.notified();
+            match self.events.try_recv() {
+                Ok(event) => break event,
+                // The end of the conversation is the end of all its commands, whoever still holds one.
+                Err(mpsc::error::TryRecvError::Disconnected) => return Err(self.lost()),
+                Err(mpsc::error::TryRecvError::Empty) if shared.ended.borrow().is_some() => {
+                    return Err(self.lost());
+                }
+                Err(mpsc::error::TryRecvError::Empty) => {}
+            }
+            tokio::select! {
+                event = self.events.recv() => match event {
+                    Some(event) => break event,
+                    None => return Err(self.lost()),
+                },
+                () = changed => {}
+            }
+        };
         match &event {
             // A window is less than 4 GiB.
             Event::Stdout(bytes) | Event::Stderr(bytes) => self.owed_bytes += bytes.len() as u32,
             Event::Exited(_) | Event::Failed { .. } => self.over = true,
         }
         Ok(event)
+    }
+}
+
+impl Output {
+    fn lost(&mut self) -> Ended {
+        self.over = true;
+        self.shared.why()
     }
 }
 

@@ -37,6 +37,9 @@ impl Service {
         if let State::Hibernated(dir) = &before {
             remove_dir(dir.clone());
         }
+        if let State::Running(running) = &before {
+            running.conversation.end("it was destroyed");
+        }
         // The worker goes with its last holder, on a thread that may wait for it.
         drop(before);
         let row = self.row(&sandbox);

@@ -98,7 +98,13 @@ impl Service {
                 return Err(ServiceError::Timeout { what: "the command", limit });
             }
         };
-        finished.exit_code = result.map_err(ServiceError::lost(&sandbox.id))?;
+        finished.exit_code = match result.map_err(ServiceError::lost(&sandbox.id)) {
+            Ok(code) => code,
+            Err(error) => {
+                self.exited(sandbox, None)?;
+                return Err(error);
+            }
+        };
         finished.took = begun.elapsed();
         self.exited(sandbox, Some(finished.exit_code))?;
         Ok(finished)

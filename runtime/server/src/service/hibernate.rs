@@ -38,6 +38,7 @@ impl Service {
             remove_dir(dir);
             return Err(error.into());
         }
+        running.conversation.end("it was hibernated");
         drop(before);
         Ok(())
     }
