@@ -92,6 +92,8 @@ const socket = (path) => new Promise((resolve, reject) => {
   ws.onerror = (error) => reject(new Error(`${path}: ${error.message}`));
 });
 
+// Nobody closes this session: it ends with the sandbox.
+let left;
 await step('200 commands of one shell, in order, keep directory and variables', async () => {
   const shell = await socket(`${at}/shell`);
   const ask = async (command) => {
@@ -112,6 +114,7 @@ await step('200 commands of one shell, in order, keep directory and variables', 
   assert.match(broken.stderr, /syntax error/);
   assert.notEqual(broken.exit_code, 0);
   assert.equal((await ask('exec 1>/tmp/log; echo kept; exec 1>&199; cat /tmp/log')).stdout, 'kept\n');
+  left = shell;
 });
 
 await step('exit 42 ends the shell, and what comes later fails', async () => {
@@ -161,4 +164,7 @@ await step('a sandbox that is idle for its timeout is gone', async () => {
   }
   assert.equal((await call('GET', '/v1/runs/history?limit=1')).body.sandboxes[0].id, body.id);
 });
-await call('DELETE', at);
+await step('the end of a sandbox is the end of its sessions', async () => {
+  await call('DELETE', at);
+  assert.equal(await left.next(), null);
+});

@@ -78,11 +78,22 @@ fn drop_and_verify(daemon: Daemon, log: &std::path::Path) {
 }
 
 #[test]
-fn slow_clients_are_cut_idle_ones_are_not_and_files_do_not_pass_through_memory() {
-    if !kvm_or_skip("slow_clients_are_cut_idle_ones_are_not_and_files_do_not_pass_through_memory") {
+fn slow_clients_are_cut_and_ten_thousand_idle_ones_are_not() {
+    if !kvm_or_skip("slow_clients_are_cut_and_ten_thousand_idle_ones_are_not") {
         return;
     }
     let daemon = Daemon::start(&format!("{CONFIG}[limits]\nhead_s = 3\nbody_s = 5\n"));
-    run(&daemon, "load.mjs", &[]);
+    run(&daemon, "load.mjs", &["connections"]);
+    // 10 KiB each, and what the daemon takes anyway.
+    assert!(daemon.peak_bytes() < 10_000 * 10_240 + MOST_BYTES, "{} bytes", daemon.peak_bytes());
+}
+
+#[test]
+fn files_do_not_pass_through_the_daemons_memory() {
+    if !kvm_or_skip("files_do_not_pass_through_the_daemons_memory") {
+        return;
+    }
+    let daemon = Daemon::start(CONFIG);
+    run(&daemon, "load.mjs", &["file"]);
     assert!(daemon.peak_bytes() < MOST_BYTES, "{} bytes", daemon.peak_bytes());
 }

@@ -133,12 +133,16 @@ async fn serve_terminal(service: &Service, sandbox: &Sandbox, socket: Socket, pr
 
 pub(crate) async fn shell(asked: Asked, id: &str) -> Answer {
     let (service, sandbox) = (Rc::clone(&asked.app.service), asked.sandbox(id)?);
-    sandbox.running()?;
+    let conversation = sandbox.running()?.conversation;
     let (response, socket) = upgrade(asked)?;
     executor::spawn(async move {
         let Some(mut socket) = socket.await else { return };
         match service.shell(&sandbox).await {
-            Ok(session) => serve_shell(session, &mut socket).await,
+            // A session ends with its sandbox, though its client says nothing.
+            Ok(session) => tokio::select! {
+                () = serve_shell(session, &mut socket) => {}
+                _ = conversation.ended() => {}
+            },
             Err(error) => {
                 let _ = socket.send(text(&ShellAnswer::error(&error.to_string()))).await;
             }
