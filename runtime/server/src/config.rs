@@ -139,10 +139,11 @@ fn hundred() -> f64 {
 
 impl Default for Config {
     fn default() -> Self {
-        let profile = |name: &str, description: &str, allow: &[&str]| NetworkProfile {
-            name: name.to_owned(),
-            description: description.to_owned(),
-            allow: allow.iter().map(|&host| host.to_owned()).collect(),
+        // More are the operator's: which hosts a package comes from is not for this program to say.
+        let none = NetworkProfile {
+            name: "none".to_owned(),
+            description: "no network".to_owned(),
+            allow: Vec::new(),
             deny: Vec::new(),
         };
         Self {
@@ -154,14 +155,7 @@ impl Default for Config {
             limits: Limits::default(),
             prices: Prices::default(),
             image_aliases: BTreeMap::new(),
-            network_profiles: vec![
-                profile("none", "no network", &[]),
-                profile(
-                    "packages",
-                    "package registries only",
-                    &["registry.npmjs.org", "pypi.org", "files.pythonhosted.org", "deb.debian.org"],
-                ),
-            ],
+            network_profiles: vec![none],
             pools: Vec::new(),
         }
     }
