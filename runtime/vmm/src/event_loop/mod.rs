@@ -62,8 +62,8 @@ pub struct LoopHandle {
 /// A loop's thread with its ring, before there are devices: a quarter of a millisecond that need not be on
 /// the way of a restore. Dropped, it ends.
 pub struct Idle {
-    thread: JoinHandle<()>,
-    work: Sender<Parts>,
+    thread: Option<JoinHandle<()>>,
+    work: Option<Sender<Parts>>,
     ready: Receiver<io::Result<()>>,
 }
 
@@ -89,7 +89,8 @@ pub fn idle() -> Result<Idle, DeviceError> {
         }
     };
     let thread = std::thread::Builder::new().name("vmm-loop".into()).spawn(body);
-    Ok(Idle { thread: thread.map_err(DeviceError::EventLoop)?, work, ready })
+    let thread = thread.map_err(DeviceError::EventLoop)?;
+    Ok(Idle { thread: Some(thread), work: Some(work), ready })
 }
 
 /// Makes the devices and has the loop serve them.
@@ -189,10 +190,21 @@ struct Parts {
 }
 
 impl Idle {
-    fn serve(self, parts: Parts) -> Result<JoinHandle<()>, DeviceError> {
+    fn serve(mut self, parts: Parts) -> Result<JoinHandle<()>, DeviceError> {
         self.ready.recv().map_err(|_| DeviceError::Stopped)?.map_err(DeviceError::EventLoop)?;
-        self.work.send(parts).map_err(|_| DeviceError::Stopped)?;
-        Ok(self.thread)
+        let work = self.work.take().ok_or(DeviceError::Stopped)?;
+        work.send(parts).map_err(|_| DeviceError::Stopped)?;
+        self.thread.take().ok_or(DeviceError::Stopped)
+    }
+}
+
+/// A restore that failed leaves no thread behind.
+impl Drop for Idle {
+    fn drop(&mut self) {
+        drop(self.work.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 
