@@ -182,6 +182,20 @@ impl Command {
             ..Self::default()
         }
     }
+
+    /// What the wire asks for it, with more flags of `Exec` than follow from the command.
+    #[must_use]
+    pub fn request(&self, mut flags: u8) -> ExecRequest<'_, Vec<u8>> {
+        flags |= EXEC_LAZY_STARTED;
+        if self.terminal.is_some() {
+            flags |= EXEC_PTY;
+        }
+        if self.stdin {
+            flags |= EXEC_STDIN;
+        }
+        let (rows, cols) = self.terminal.unwrap_or((0, 0));
+        ExecRequest { flags, rows, cols, user: self.user, cwd: &self.cwd, argv: &self.argv, env: &self.env }
+    }
 }
 
 impl From<&Agent> for AgentState {
@@ -360,24 +374,7 @@ impl Agent {
     pub fn exec(&mut self, command: &Command) -> Result<u32, AgentError> {
         let stream = self.next_stream;
         self.next_stream += 1;
-        let (rows, cols) = command.terminal.unwrap_or((0, 0));
-        let mut flags = EXEC_LAZY_STARTED;
-        if command.terminal.is_some() {
-            flags |= EXEC_PTY;
-        }
-        if command.stdin {
-            flags |= EXEC_STDIN;
-        }
-        let request = ExecRequest {
-            flags,
-            rows,
-            cols,
-            user: command.user,
-            cwd: &command.cwd,
-            argv: &command.argv,
-            env: &command.env,
-        };
-        self.writer.exec(stream, &request)?;
+        self.writer.exec(stream, &command.request(0))?;
         self.streams.insert(stream);
         Ok(stream)
     }

@@ -56,6 +56,11 @@ pub struct ReadyImage {
 }
 
 impl ReadyImage {
+    fn of(reference: &Reference, digest: &impl ToString, built: build::Built) -> Self {
+        let build::Built { path, key, config } = built;
+        Self { reference: reference.clone(), digest: digest.to_string(), path, key, config }
+    }
+
     /// Whom `text` (`USER`, `USER:GROUP`, names or numbers) means in this image.
     ///
     /// # Errors
@@ -130,11 +135,5 @@ pub fn import(
     let image = opened.image(tag).map_err(bad)?;
     let built = build::build(store, &reference.familiar(), &image, progress)?;
     catalogue::name(store, reference, &image.digest, &built, Vec::new())?;
-    Ok(ReadyImage {
-        reference: reference.clone(),
-        digest: image.digest.to_string(),
-        path: built.path,
-        key: built.key,
-        config: built.config,
-    })
+    Ok(ReadyImage::of(reference, &image.digest, built))
 }

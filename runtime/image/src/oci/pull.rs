@@ -67,13 +67,7 @@ fn pull_from(
     }
     let built = built?;
     catalogue::name(store, reference, &image.digest, &built, blobs)?;
-    Ok(ReadyImage {
-        reference: reference.clone(),
-        digest: image.digest.to_string(),
-        path: built.path,
-        key: built.key,
-        config: built.config,
-    })
+    Ok(ReadyImage::of(reference, &image.digest, built))
 }
 
 fn image<'r>(remote: &'r Remote, dir: &'r Path) -> Image<'r> {

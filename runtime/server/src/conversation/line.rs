@@ -4,8 +4,7 @@ use super::process::{Credit, Event};
 use super::{Message, Order, Shared};
 use bytes::Bytes;
 use guest_init::{
-    Decoder, EXEC_LAZY_STARTED, EXEC_PTY, EXEC_STDIN, ErrorCode, ExecRequest, FRAME_MAX_BYTES,
-    INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES, ToGuest, ToHost, WireError,
+    Decoder, ErrorCode, FRAME_MAX_BYTES, INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES, ToGuest, ToHost, WireError,
 };
 use peregrine_vmm::agent::{Command, failed_text};
 use peregrine_vmm::snapshot::AgentState;
@@ -40,25 +39,8 @@ impl Entry {
 
 /// The `Exec` frame of a command.
 pub(super) fn exec_frame(stream: u32, command: &Command, flags: u8) -> Result<Vec<u8>, WireError> {
-    let (rows, cols) = command.terminal.unwrap_or((0, 0));
-    let mut flags = flags | EXEC_LAZY_STARTED;
-    if command.terminal.is_some() {
-        flags |= EXEC_PTY;
-    }
-    if command.stdin {
-        flags |= EXEC_STDIN;
-    }
-    let request = ExecRequest {
-        flags,
-        rows,
-        cols,
-        user: None,
-        cwd: &command.cwd,
-        argv: &command.argv,
-        env: &command.env,
-    };
     let mut frame = vec![0; FRAME_MAX_BYTES];
-    let len = request.encode(stream, &mut frame)?;
+    let len = command.request(flags).encode(stream, &mut frame)?;
     frame.truncate(len);
     Ok(frame)
 }
