@@ -42,11 +42,11 @@ fn every_error_of_the_document_can_be_provoked_and_keys_and_tenants_are_kept_apa
 }
 
 #[test]
-fn a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what_slept() {
-    if !kvm_or_skip("a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what_slept") {
+fn without_patience_a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what_slept() {
+    if !kvm_or_skip("without_patience_a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what_slept") {
         return;
     }
-    let daemon = Daemon::start(CONFIG);
+    let daemon = Daemon::start(&format!("{CONFIG}[limits]\norphan_s = 0\n"));
     let said = run(&daemon, "crash.mjs", &["before"]);
     // Two daemons must not serve one state directory.
     let mut second = Command::new(peregrine());
@@ -75,6 +75,21 @@ fn drop_and_verify(daemon: Daemon, log: &std::path::Path) {
     let verified = Command::new(peregrine()).args(["audit", "verify"]).arg(log).output().unwrap();
     assert!(verified.status.success(), "{verified:?}");
     drop(home);
+}
+
+#[test]
+fn a_killed_daemons_sandboxes_run_on_and_what_was_followed_goes_on_with_the_next_one() {
+    if !kvm_or_skip("a_killed_daemons_sandboxes_run_on_and_what_was_followed_goes_on_with_the_next_one") {
+        return;
+    }
+    let daemon = Daemon::start(&format!("{CONFIG}[limits]\norphan_s = 120\n"));
+    run(&daemon, "adopt.mjs", &["before"]);
+    let daemon = Daemon::start_in(daemon.crash(), &["--dev"]);
+    run(&daemon, "adopt.mjs", &["after"]);
+    let left: Vec<_> = std::fs::read_dir(daemon.state().join("workers")).unwrap().flatten().collect();
+    assert!(left.is_empty(), "{left:?}");
+    let log = daemon.state().join("audit/dev");
+    drop_and_verify(daemon, &log);
 }
 
 #[test]

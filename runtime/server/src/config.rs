@@ -80,6 +80,8 @@ pub struct Limits {
     pub idle_s: u64,
     /// Memory of the prewarm pool.
     pub pool_mib: u64,
+    /// Seconds that a running sandbox waits for the next daemon when this one was killed; 0 ends it with the daemon.
+    pub orphan_s: u64,
 }
 
 /// Money, in cents.
@@ -190,6 +192,7 @@ impl Default for Limits {
             body_s: 60,
             idle_s: 300,
             pool_mib: 1024,
+            orphan_s: 600,
         }
     }
 }

@@ -8,7 +8,7 @@
 
 mod rows;
 
-pub use rows::{RunRow, SnapshotRow, Totals};
+pub use rows::{RunRow, RunningRow, SnapshotRow, Totals};
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 use std::path::Path;

@@ -1,6 +1,6 @@
 //! create: a clone of a template, from the pool or made now.
 
-use super::sandbox::{Running, Sandbox, Spec, State, Tenant};
+use super::sandbox::{Begun, Running, Sandbox, Spec, State, Tenant};
 use super::templates::{Shape, Template};
 use super::{Service, ServiceError, Usage, ids};
 use crate::conversation::Conversation;
@@ -9,7 +9,7 @@ use crate::images::{self, Image};
 use crate::pool::CheckedOut;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
-use peregrine_vmm::worker::{Going, WorkerError};
+use peregrine_vmm::worker::WorkerError;
 use serde_json::json;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -75,8 +75,8 @@ impl Service {
         let _making = Making::new(&self.making);
         let template = self.templates.get(&spec.shape, &self.pool).await?;
         let id = ids::run_id(self.config.node)?;
-        let (going, pid, hit) = self.begin(&template, &identity(&id)?).await?;
-        let sandbox = self.settle(&id, tenant, spec, going, pid)?;
+        let (begun_guest, hit) = self.begin(&template, &id).await?;
+        let sandbox = self.settle(&id, tenant, spec, begun_guest)?;
         sandbox.create.set(begun.elapsed());
         let data = json!({
             "image": sandbox.spec.shape.image.name, "vcpus": sandbox.spec.shape.vcpus,
@@ -87,17 +87,20 @@ impl Service {
     }
 
     /// Lets a guest go in a worker of the pool. One that has died there is noticed now, and another is taken.
-    async fn begin(
-        &self,
-        template: &Template,
-        identity: &Identity,
-    ) -> Result<(Going, u32, bool), ServiceError> {
+    async fn begin(&self, template: &Template, id: &str) -> Result<(Begun, bool), ServiceError> {
+        let identity = identity(id)?;
         let mut left = MOST_DEAD_WORKERS;
         loop {
+            // Before a worker is spent.
+            let rendezvous = self.place(id).make()?;
             let CheckedOut { shell, hit } = self.pool.checkout(Rc::clone(&template.key)).await?;
             let (source, identity) = (template.source.clone(), identity.clone());
-            match executor::blocking(move || shell.begin(&source, &identity)).await {
-                Ok((going, pid)) => return Ok((going, pid, hit)),
+            let begin = move || {
+                let (going, pid) = shell.begin(&source, &identity, &rendezvous)?;
+                Ok(Begun { going, pid, rendezvous })
+            };
+            match executor::blocking(begin).await {
+                Ok(begun) => return Ok((begun, hit)),
                 Err(WorkerError::Io(error)) if left > 0 => {
                     tracing::warn!(%error, "a worker of the pool is gone");
                     left -= 1;
@@ -177,11 +180,10 @@ impl Service {
         id: &str,
         tenant: &Tenant,
         spec: Spec,
-        going: Going,
-        pid: u32,
+        begun: Begun,
     ) -> Result<Rc<Sandbox>, ServiceError> {
         let sandbox = Sandbox::new(id, Rc::clone(tenant), spec, Timestamp::now(), Usage::default());
-        sandbox.runs(begin_conversation(going, pid)?);
+        sandbox.runs(begin_conversation(begun)?);
         Ok(Rc::new(sandbox))
     }
 
@@ -226,9 +228,10 @@ pub(super) fn identity(id: &str) -> std::io::Result<Identity> {
 }
 
 /// From here on the guest is spoken to without blocking.
-pub(super) fn begin_conversation(going: Going, pid: u32) -> Result<Running, ServiceError> {
+pub(super) fn begin_conversation(begun: Begun) -> Result<Running, ServiceError> {
+    let Begun { going, pid, rendezvous } = begun;
     let (socket, state) = going.agent.into_parts();
-    Ok(Running::new(going.worker, Conversation::start(socket, state)?, pid))
+    Ok(Running::new(going.worker, Conversation::start(socket, state)?, pid, rendezvous))
 }
 
 fn seconds(whole: u64) -> f64 {

@@ -1,10 +1,11 @@
 //! fork: children that have the sandbox's memory and files, and from then on each its own.
 
 use super::create::{begin_conversation, identity};
-use super::sandbox::{Running, Sandbox};
+use super::sandbox::{Begun, Place, Running, Sandbox};
 use super::{Service, ServiceError, ids};
 use crate::executor;
 use jiff::Timestamp;
+use peregrine_vmm::agent::Identity;
 use peregrine_vmm::worker::{MOST_CHILDREN, WorkerError};
 use serde_json::json;
 use std::rc::Rc;
@@ -31,11 +32,11 @@ impl Service {
         let mut names = Vec::with_capacity(count);
         for _ in 0..count {
             let id = ids::run_id(self.config.node)?;
-            names.push((identity(&id)?, id));
+            names.push((identity(&id)?, self.place(&id), id));
         }
         let children = fork_running(&running, names).await.map_err(|error| gone(sandbox, error))??;
         let mut made = Vec::with_capacity(count);
-        for (id, going, pid) in children {
+        for (id, guest) in children {
             let spec = super::Spec { timeout: sandbox.timeout(), ..sandbox.spec.clone() };
             let child = Sandbox::new(
                 &id,
@@ -44,7 +45,7 @@ impl Service {
                 Timestamp::now(),
                 super::Usage::default(),
             );
-            child.runs(begin_conversation(going, pid)?);
+            child.runs(begin_conversation(guest)?);
             child.create.set(begun.elapsed());
             made.push(Rc::new(child));
         }
@@ -61,12 +62,12 @@ impl Service {
     }
 }
 
-type Child = (String, peregrine_vmm::worker::Going, u32);
+type Child = (String, Begun);
 
 /// Forks the worker while the conversation stands still; the children take their identities beside it.
 async fn fork_running(
     running: &Running,
-    names: Vec<(peregrine_vmm::agent::Identity, String)>,
+    names: Vec<(Identity, Place, String)>,
 ) -> Result<Result<Vec<Child>, WorkerError>, crate::conversation::Ended> {
     let paused = running.conversation.pause().await?;
     let (state, count) = (paused.state.clone(), names.len());
@@ -82,9 +83,10 @@ async fn fork_running(
         fork.children
             .into_iter()
             .zip(names)
-            .map(|(child, (identity, id))| {
-                let pid = child.pid();
-                Ok((id, child.begin(&identity)?, pid))
+            .map(|(child, (identity, place, id))| {
+                let (pid, rendezvous) = (child.pid(), place.make()?);
+                let going = child.begin_at(&identity, Some(&rendezvous))?;
+                Ok((id, Begun { going, pid, rendezvous }))
             })
             .collect()
     };

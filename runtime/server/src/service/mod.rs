@@ -57,6 +57,10 @@ use templates::Templates;
 
 /// How often the audit log is signed and made durable.
 const SEAL_EVERY: Duration = Duration::from_secs(5);
+/// Where running workers wait for the next daemon, in the state directory.
+const WORKERS: &str = "workers";
+/// Tapes of followed commands.
+const STREAMS: &str = "streams";
 /// How often idle sandboxes are looked for.
 const SWEEP: Duration = Duration::from_millis(500);
 
@@ -97,6 +101,8 @@ pub struct Service {
     /// Sandboxes that are being made: they count against the limits.
     making: Cell<usize>,
     state: PathBuf,
+    /// Workers' places that were named.
+    places: Cell<u64>,
     /// What a worker is.
     program: PathBuf,
     /// Held while the daemon lives.
@@ -115,7 +121,9 @@ impl Service {
         program: PathBuf,
     ) -> Result<Rc<Self>, StartError> {
         let failed = |source| StartError::State { path: state.to_owned(), source };
-        std::fs::create_dir_all(state).map_err(failed)?;
+        for dir in [state.to_owned(), state.join(WORKERS), state.join(STREAMS)] {
+            std::fs::create_dir_all(dir).map_err(failed)?;
+        }
         let lock = File::options().create(true).append(true).open(state.join("lock")).map_err(failed)?;
         match lock.try_lock() {
             Ok(()) => {}
@@ -135,6 +143,7 @@ impl Service {
             sandboxes: RefCell::default(),
             making: Cell::new(0),
             state: state.to_owned(),
+            places: Cell::new(0),
             config,
             _lock: lock,
         });
@@ -215,6 +224,17 @@ impl Service {
         drop(sandbox.activity());
         self.note(&sandbox)?;
         Ok(sandbox)
+    }
+
+    /// Where the next daemon finds a worker of the sandbox `id`. A name of its own each time: a worker that ends and the next
+    /// one of the sandbox overlap.
+    fn place(&self, id: &str) -> sandbox::Place {
+        let number = self.places.replace(self.places.get() + 1);
+        let name = format!("{id}-{}-{number}", std::process::id());
+        sandbox::Place {
+            path: self.state.join(WORKERS).join(name),
+            patience: Duration::from_secs(self.config.limits.orphan_s),
+        }
     }
 
     /// Writes a sandbox's row as of now.

@@ -1,10 +1,11 @@
 //! The owner's end of a worker.
 
-use super::WorkerStats;
 use super::wire::{MOST_FDS, Reply, Request, receive, send};
+use super::{Rendezvous, WorkerStats, rendezvous};
 use crate::agent::{Agent, AgentError, Identity};
 use crate::snapshot::{AgentState, Claim, SnapshotError};
 use crate::vm::DiskConfig;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use std::ffi::OsStr;
 use std::io;
@@ -14,6 +15,8 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+/// A worker that does not answer its next owner for so long is stuck.
+const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
 /// Most children of one fork.
 pub const MOST_CHILDREN: usize = MOST_FDS;
 
@@ -77,6 +80,21 @@ pub struct Going {
     pub decoded_ns: u64,
     /// CLOCK_MONOTONIC of the guest's first VM exit; 0 if it made none within a second.
     pub first_exit_ns: u64,
+}
+
+/// A worker whose last owner has gone.
+#[derive(Debug)]
+pub struct Attached {
+    /// It.
+    pub worker: Worker,
+    /// Its process.
+    pub pid: u32,
+    /// The agent's connection.
+    pub connection: UnixStream,
+    /// How many of its bytes have been read, modulo 2^32.
+    pub position: u32,
+    /// What comes before its next byte.
+    pub unread: Vec<u8>,
 }
 
 /// When a fork's steps were, on CLOCK_MONOTONIC, and the children.
@@ -153,6 +171,25 @@ impl Worker {
         let child =
             Command::new(program).args(arguments).stdin(Stdio::from(theirs)).stdout(Stdio::null()).spawn()?;
         Ok(Self { control: ours, child: Some(child) })
+    }
+
+    /// Becomes the owner of the worker that waits at `path`, whose last owner has gone. Its guest runs.
+    ///
+    /// # Errors
+    /// If none waits there.
+    pub fn attach(path: &Path) -> Result<Attached, WorkerError> {
+        let control = rendezvous::meet(path, ATTACH_PATIENCE)?;
+        send(&control, &Request::Attach, &[])?;
+        let (reply, mut fds) = receive(&control)?;
+        // What it is asked for later may take longer.
+        set_socket_timeout(&control, Timeout::Recv, None).map_err(io::Error::from)?;
+        match (reply, fds.pop()) {
+            (Reply::Attached { pid, position, unread }, Some(connection)) => {
+                let worker = Self { control, child: None };
+                Ok(Attached { worker, pid, connection: connection.into(), position, unread })
+            }
+            (other, _) => Err(refused(other)),
+        }
     }
 
     /// Has it restore the snapshot in `dir` and stand still. Whoever calls has verified the memory image
@@ -272,10 +309,14 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            // It would end by itself when the control socket closes; killed, its guest cannot delay that.
-            let _ = child.kill();
-            let _ = child.wait();
+        match &mut self.child {
+            // Killed, its guest cannot delay that.
+            Some(child) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            // A closed socket alone might mean that this owner was killed.
+            None => drop(send(&self.control, &Request::End, &[])),
         }
     }
 }
@@ -313,6 +354,18 @@ impl Parked {
     /// # Errors
     /// What the worker said; the guest is gone.
     pub fn begin(self, identity: &Identity) -> Result<Going, WorkerError> {
+        self.begin_at(identity, None)
+    }
+
+    /// As [`Parked::begin`]; the guest outlives this owner, if the next one comes to `rendezvous` in time.
+    ///
+    /// # Errors
+    /// As for [`Parked::begin`].
+    pub fn begin_at(
+        self,
+        identity: &Identity,
+        rendezvous: Option<&Rendezvous>,
+    ) -> Result<Going, WorkerError> {
         let frame = Agent::adopt_frame(identity)?;
         let agent = Agent::resume(self.connection, &self.agent)?;
         let mailbox = if self.at_gate {
@@ -321,7 +374,9 @@ impl Parked {
             agent.send_frame(&frame)?;
             Vec::new()
         };
-        send(&self.worker.control, &Request::Go { mailbox }, &[])?;
+        let patience = rendezvous.map(Rendezvous::patience).unwrap_or_default();
+        let listener = rendezvous.and_then(Rendezvous::listener);
+        send(&self.worker.control, &Request::Go { mailbox, patience }, listener.as_slice())?;
         let (decoded_ns, first_exit_ns) = match receive(&self.worker.control)?.0 {
             Reply::Going { decoded_ns, first_exit_ns } => (decoded_ns, first_exit_ns),
             other => return Err(refused(other)),
