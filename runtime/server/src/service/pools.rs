@@ -53,6 +53,11 @@ impl Service {
         }
         let shape = self.pool_shape(&spec).await?;
         let id = name(&spec);
+        let same = |(other, kept): (&String, &Kept)| *other != id && kept.shape.content() == shape.content();
+        if let Some((other, _)) = self.pools.borrow().iter().find(|pool| same(*pool)) {
+            let why = format!("it is the image of the pool {other}: change that, or delete it first");
+            return Err(ServiceError::bad("image", why));
+        }
         let kept = Kept { spec: spec.clone(), shape: shape.clone(), error: None };
         self.pools.borrow_mut().insert(id.clone(), kept);
         let (service, of) = (Rc::clone(self), id.clone());
