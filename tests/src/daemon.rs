@@ -30,10 +30,19 @@ impl Daemon {
     /// If it does not come up.
     #[must_use]
     pub fn start(config: &str) -> Self {
+        Self::start_with(config, &[])
+    }
+
+    /// The same, with these arguments more.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start_with(config: &str, arguments: &[&str]) -> Self {
         let state = tempfile::tempdir().unwrap_or_else(|e| panic!("{e}"));
         let file = state.path().join("config.toml");
         std::fs::write(&file, config).unwrap_or_else(|e| panic!("{e}"));
-        Self::start_in(state, &["--dev"])
+        Self::start_in(state, &[&["--dev"], arguments].concat())
     }
 
     /// Starts one over the state directory of an earlier one.

@@ -1,9 +1,10 @@
 //! `peregrine serve` from outside, on real microVMs: the published client, unmodified, through every method of
-//! it and as an MCP server; what it does not use; every error; a crash; clients that are slow, idle or large.
+//! it and as an MCP server; what it does not use; every error; a crash; the status page; clients that are slow, idle or large.
 #![allow(clippy::unwrap_used)]
 
 use std::process::Command;
 use tests::daemon::Daemon;
+use tests::oci::debian_tools;
 use tests::{kvm_or_skip, peregrine};
 
 const CONFIG: &str = "[image_aliases]\n\"node:22-slim\" = \"default\"\n[defaults]\nmem_mib = 128\n";
@@ -90,6 +91,17 @@ fn a_killed_daemons_sandboxes_run_on_and_what_was_followed_goes_on_with_the_next
     assert!(left.is_empty(), "{left:?}");
     let log = daemon.state().join("audit/dev");
     drop_and_verify(daemon, &log);
+}
+
+#[test]
+fn the_status_page_shows_in_a_browser_what_goes_on() {
+    if !kvm_or_skip("the_status_page_shows_in_a_browser_what_goes_on") {
+        return;
+    }
+    debian_tools(&["chromium"]);
+    let pool = "[[pools]]\nimage = \"default\"\nmem_mib = 128\nmin = 1\nmax = 2\n";
+    let daemon = Daemon::start(&format!("{CONFIG}{pool}"));
+    run(&daemon, "page.mjs", &[]);
 }
 
 #[test]

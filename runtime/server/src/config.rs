@@ -28,7 +28,7 @@ pub struct Config {
     pub image_aliases: BTreeMap<String, String>,
     /// Named network policies.
     pub network_profiles: Vec<NetworkProfile>,
-    /// Templates that are kept ready from the start.
+    /// Templates that are kept ready from the start. What was set while a daemon ran wins over them.
     pub pools: Vec<PoolSpec>,
 }
 
@@ -112,7 +112,7 @@ pub struct NetworkProfile {
 }
 
 /// A template kept ready.
-#[derive(Debug, Clone, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Deserialize, serde::Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct PoolSpec {
     /// Image.

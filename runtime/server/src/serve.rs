@@ -89,10 +89,8 @@ async fn serve(start: Start, ready: impl FnOnce(SocketAddr, Option<&str>)) -> Re
     // After the state directory was taken over: its files are this daemon's.
     let keys = Keys::open(&start.state.join("keys"))?;
     let key = start.dev.then(|| keys.mint("dev", &region)).transpose()?.map(|minted| minted.key);
-    for spec in service.config.pools.clone() {
-        if let Err(error) = service.set_pool(spec).await {
-            tracing::error!(%error, "a pool of the configuration");
-        }
+    if let Err(error) = service.keep_pools() {
+        tracing::error!(%error, "the pools that were set");
     }
     let app = Rc::new(App::new(Rc::clone(&service), keys));
     let (stop, stopped) = watch::channel(false);

@@ -3,6 +3,7 @@
 use super::{peregrine_in, stdout_of, text};
 use peregrine_image::oci::{self, Reference};
 use peregrine_image::{Silent, Store};
+use tests::daemon::Daemon;
 use tests::kvm_or_skip;
 use tests::oci::{Compression, Layer, Layout, busybox_layer, debian_tools};
 
@@ -63,6 +64,12 @@ fn a_layout_is_imported_and_its_configuration_is_how_commands_run() {
     assert_eq!(stdout_of(&given), wanted, "{}", text(&given.stderr));
     // The template was made by the first run.
     assert!(!text(&given.stderr).contains("template"), "{}", text(&given.stderr));
+
+    // The API runs an image's commands as the command line does.
+    let daemon = Daemon::start_with("", &["--cache", cache.to_str().unwrap()]);
+    let wanted = ["uid=1000(app) gid=1001", "/home/app/work", "from the image /home/app"];
+    let said = daemon.node("image.mjs", &[&["app:test"], &wanted[..]].concat());
+    assert!(said.status.success(), "{}{}", text(&said.stdout), text(&said.stderr));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use super::types::{Deleted, PoolAnswer, PoolBody, Pools};
 use super::{Answer, Asked, json, json_with};
 use crate::config::PoolSpec;
-use crate::service::ServiceError;
+use crate::service::{PoolView, ServiceError};
 use hyper::StatusCode;
 use std::rc::Rc;
 
@@ -19,12 +19,12 @@ pub(crate) async fn get(asked: &Asked, id: &str) -> Answer {
 pub(crate) async fn create(asked: Asked) -> Answer {
     let (caller, body) = asked.json::<PoolBody>().await?;
     let defaults = &caller.app.service.config.defaults;
-    let min = body.min.or(body.target).unwrap_or(1);
+    let min = body.target.or(body.min).unwrap_or(1);
     let spec = PoolSpec {
         image: body.image.unwrap_or_else(|| defaults.image.clone()),
         vcpus: body.vcpus.unwrap_or(defaults.vcpus),
         mem_mib: body.mem_mib.unwrap_or(defaults.mem_mib),
-        min: body.target.unwrap_or(min),
+        min,
         max: body.max.unwrap_or((2 * min).max(1)),
         refill_per_s: body.refill_per_s.unwrap_or(100.0),
     };
@@ -33,7 +33,7 @@ pub(crate) async fn create(asked: Asked) -> Answer {
 }
 
 /// Of the body's fields, those that say which pool; the id in the path wins.
-async fn which(asked: &super::Caller, id: Option<&str>, body: &PoolBody) -> Result<PoolSpec, ServiceError> {
+async fn which(asked: &super::Caller, id: Option<&str>, body: &PoolBody) -> Result<PoolView, ServiceError> {
     let named = |spec: &PoolSpec| {
         body.image.as_ref().is_some_and(|image| *image == spec.image)
             && body.vcpus.is_none_or(|vcpus| vcpus == spec.vcpus)
@@ -41,19 +41,28 @@ async fn which(asked: &super::Caller, id: Option<&str>, body: &PoolBody) -> Resu
     };
     let service = &asked.app.service;
     if let Some(id) = id {
-        return Ok(service.pool_view(id).await?.spec);
+        return service.pool_view(id).await;
     }
-    let found = service.pool_views().await.into_iter().map(|view| view.spec).find(named);
+    let mut found: Vec<_> = service.pool_views().await.into_iter().filter(|view| named(&view.spec)).collect();
     let name = || body.image.clone().unwrap_or_else(|| "without a name".to_owned());
-    found.ok_or_else(|| ServiceError::NotFound { what: "pool", name: name() })
+    match (found.pop(), found.as_slice()) {
+        (Some(view), []) => Ok(view),
+        (None, _) => Err(ServiceError::NotFound { what: "pool", name: name() }),
+        (Some(last), others) => {
+            let ids: Vec<_> = others.iter().chain([&last]).map(|view| view.id.as_str()).collect();
+            let why = format!("{} are pools of it: say vcpus and mem_mib too", ids.join(", "));
+            Err(ServiceError::bad("image", why))
+        }
+    }
 }
 
 pub(crate) async fn change(asked: Asked, id: Option<&str>) -> Answer {
     let (caller, body) = asked.json::<PoolBody>().await?;
-    let old = which(&caller, id, &body).await?;
+    let old = which(&caller, id, &body).await?.spec;
+    let min = body.target.or(body.min).unwrap_or(old.min);
     let spec = PoolSpec {
-        min: body.target.or(body.min).unwrap_or(old.min),
-        max: body.max.unwrap_or(old.max),
+        min,
+        max: body.max.unwrap_or(old.max.max(min)),
         refill_per_s: body.refill_per_s.unwrap_or(old.refill_per_s),
         ..old
     };
@@ -62,13 +71,7 @@ pub(crate) async fn change(asked: Asked, id: Option<&str>) -> Answer {
 
 pub(crate) async fn remove(asked: Asked, id: Option<&str>) -> Answer {
     let (caller, body) = asked.json::<PoolBody>().await?;
-    let spec = which(&caller, id, &body).await?;
-    let service = &caller.app.service;
-    let views = service.pool_views().await;
-    let same = |spec: &PoolSpec, other: &PoolSpec| {
-        (&spec.image, spec.vcpus, spec.mem_mib) == (&other.image, other.vcpus, other.mem_mib)
-    };
-    let id = views.into_iter().find(|view| same(&view.spec, &spec)).map(|view| view.id).unwrap_or_default();
-    service.remove_pool(&id).await?;
+    let id = which(&caller, id, &body).await?.id;
+    caller.app.service.remove_pool(&id).await?;
     Ok(json(&Deleted { status: "deleted".to_owned(), id }))
 }

@@ -19,6 +19,12 @@ pub(crate) enum CliError {
     Key(#[from] peregrine::key::KeyError),
     #[error(transparent)]
     Audit(#[from] peregrine_audit::AuditError),
+    #[error(transparent)]
+    Refusal(#[from] super::client::Refusal),
+    #[error("{url} does not answer: {why}; is `peregrine serve` running there?")]
+    NoAnswer { url: String, why: String },
+    #[error("no API key: give --key, or set ISORUN_API_KEY; `peregrine key create` makes one")]
+    NoKey,
     #[error("{0}")]
     Stopped(StopReason),
     #[error("the guest's agent did not answer within {seconds} s{hint}")]

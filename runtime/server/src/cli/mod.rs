@@ -3,11 +3,13 @@
 //! Exit codes: the command's own from `run`; 125 where Peregrine itself or the guest failed; 2 for bad usage.
 
 mod audit;
+mod client;
 mod doctor;
 mod error;
 mod guest;
 mod image;
 mod key;
+mod pool;
 mod progress;
 mod run;
 mod serve;
@@ -60,6 +62,7 @@ enum Verb {
     Image(image::ImageArgs),
     Template(template::TemplateArgs),
     Key(key::KeyArgs),
+    Pool(pool::PoolArgs),
     Audit(audit::AuditArgs),
     Doctor(doctor::DoctorArgs),
     /// One microVM's process, spoken to over its standard input
@@ -83,6 +86,7 @@ pub(crate) fn main() -> ExitCode {
         Verb::Serve(serve) => args.state().and_then(|state| serve::serve(serve, cache, state)),
         Verb::Template(template) => template::template(template, cache),
         Verb::Key(key) => args.state().and_then(|state| key::key(key, &state.join("keys"))),
+        Verb::Pool(pool) => pool::pool(pool),
         Verb::Audit(audit) => audit::audit(audit),
         Verb::Doctor(doctor) => doctor::doctor(doctor, cache),
         Verb::Worker => worker(),

@@ -6,6 +6,7 @@
 //!
 //! May touch: its file. Must not: know what a row means beyond its columns.
 
+mod pools;
 mod rows;
 
 pub use rows::{RunRow, RunningRow, SnapshotRow, Totals};

@@ -73,3 +73,25 @@ fn a_registry_of_a_newer_version_is_refused() {
     Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
     assert!(matches!(Registry::open(&path), Err(RegistryError::Newer { found: 99 })));
 }
+
+#[test]
+fn pools_are_set_changed_and_forgotten_and_outlive_the_registry() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("registry.db");
+    let registry = Registry::open(&path).unwrap();
+    let of = |image: &str, min| crate::config::PoolSpec {
+        image: image.to_owned(),
+        vcpus: 1,
+        mem_mib: 128,
+        min,
+        max: 4,
+        refill_per_s: 2.5,
+    };
+    for (id, spec) in [("b", of("two", 1)), ("a", of("one", 1)), ("a", of("one", 3)), ("c", of("three", 1))] {
+        registry.put_pool(id, &spec).unwrap();
+    }
+    registry.remove_pool("c").unwrap();
+    registry.remove_pool("never there").unwrap();
+    let _ = std::mem::ManuallyDrop::new(registry);
+    assert_eq!(Registry::open(&path).unwrap().pools().unwrap(), [of("one", 3), of("two", 1)]);
+}

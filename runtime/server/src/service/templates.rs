@@ -11,6 +11,7 @@ use peregrine_vmm::{DiskConfig, VmConfig};
 use prewarm::Policy;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::OnceCell;
@@ -29,6 +30,16 @@ pub struct Shape {
     pub mem_mib: u64,
 }
 
+/// What a template is made of: image file, vCPUs, memory. An image has as many names as it is given, and one template.
+pub(super) type Content = (PathBuf, u32, u64);
+
+impl Shape {
+    /// Whose template it shares.
+    pub(super) fn content(&self) -> Content {
+        (self.image.path.clone(), self.vcpus, self.mem_mib)
+    }
+}
+
 /// A template that is there, verified.
 #[derive(Debug)]
 pub(super) struct Template {
@@ -42,7 +53,7 @@ pub(super) struct Template {
 #[derive(Debug)]
 pub(super) struct Templates {
     artefacts: Artefacts,
-    made: RefCell<HashMap<Shape, Rc<OnceCell<Rc<Template>>>>>,
+    made: RefCell<HashMap<Content, Rc<OnceCell<Rc<Template>>>>>,
 }
 
 impl Templates {
@@ -70,7 +81,7 @@ impl Templates {
     /// # Errors
     /// Why it cannot be made. The next one to ask tries again.
     pub(super) async fn get(&self, shape: &Shape, pool: &Pool) -> Result<Rc<Template>, ServiceError> {
-        let cell = Rc::clone(self.made.borrow_mut().entry(shape.clone()).or_default());
+        let cell = Rc::clone(self.made.borrow_mut().entry(shape.content()).or_default());
         let make = || async {
             let template = self.prepare(shape).await?;
             pool.add(Rc::clone(&template.key), template.source.clone(), on_demand()).await?;
@@ -81,7 +92,7 @@ impl Templates {
 
     /// The template of this shape, if it is there.
     pub(super) fn made(&self, shape: &Shape) -> Option<Rc<Template>> {
-        self.made.borrow().get(shape)?.get().cloned()
+        self.made.borrow().get(&shape.content())?.get().cloned()
     }
 
     async fn prepare(&self, shape: &Shape) -> Result<Rc<Template>, ServiceError> {

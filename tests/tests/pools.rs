@@ -1,0 +1,102 @@
+//! `peregrine pool` against a real daemon: what is set is kept ready, and by the next daemon too.
+#![allow(clippy::unwrap_used)]
+
+use serde_json::Value;
+use std::process::{Command, Output};
+use std::time::Duration;
+use tests::daemon::Daemon;
+use tests::{kvm_or_skip, peregrine};
+
+const CONFIG: &str = "[image_aliases]\n\"node:22-slim\" = \"default\"\n[defaults]\nmem_mib = 128\n\
+    [[pools]]\nimage = \"peregrine/default\"\nvcpus = 2\nmem_mib = 128\nmin = 0\nmax = 1\n";
+
+/// `peregrine pool ARGS`, its key in the environment as clients have it.
+fn pool(daemon: &Daemon, args: &[&str]) -> Output {
+    let mut command = Command::new(peregrine());
+    command.arg("pool").args(args).env("ISORUN_API_URL", &daemon.url).env("ISORUN_API_KEY", &daemon.key);
+    command.output().unwrap()
+}
+
+fn said(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr)
+}
+
+fn answer(daemon: &Daemon, args: &[&str]) -> Value {
+    let output = pool(daemon, &[args, &["--json"]].concat());
+    assert!(output.status.success(), "{args:?}: {}", said(&output));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+/// The pool of this id, once `ready` workers are.
+fn once_ready(daemon: &Daemon, id: &str, ready: u64) -> Value {
+    for _ in 0..1200 {
+        let all = answer(daemon, &["list"]);
+        let found = all["pools"].as_array().unwrap().iter().find(|pool| pool["id"] == id).cloned();
+        if let Some(pool) = found.filter(|pool| pool["ready"].as_u64() >= Some(ready)) {
+            return pool;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    panic!("{id} never has {ready} ready: {}", said(&pool(daemon, &["list"])));
+}
+
+#[test]
+fn a_pool_that_is_set_is_kept_by_this_daemon_and_by_the_next() {
+    if !kvm_or_skip("a_pool_that_is_set_is_kept_by_this_daemon_and_by_the_next") {
+        return;
+    }
+    let daemon = Daemon::start(CONFIG);
+    let made = answer(&daemon, &["set", "node:22-slim", "--min", "1"]);
+    assert_eq!((&made["mem_mib"], &made["min"], &made["max"]), (&128.into(), &1.into(), &2.into()));
+    let changed = answer(&daemon, &["set", "node:22-slim", "--min", "3"]);
+    assert_eq!((&changed["min"], &changed["max"]), (&3.into(), &3.into()), "max follows min");
+    let id = changed["id"].as_str().unwrap().to_owned();
+    once_ready(&daemon, &id, 3);
+    // Over the configuration's, of which this is another change.
+    answer(&daemon, &["set", "peregrine/default", "--vcpus", "2", "--max", "2"]);
+    let table = said(&pool(&daemon, &["list"]));
+    assert!(table.starts_with("IMAGE") && table.lines().count() == 3, "{table}");
+
+    // Killed, not ended: what was acknowledged is there.
+    let daemon = Daemon::start_in(daemon.crash(), &["--dev"]);
+    let kept = once_ready(&daemon, &id, 3);
+    assert_eq!((&kept["image"], &kept["max"]), (&"node:22-slim".into(), &3.into()));
+    let configured = once_ready(&daemon, "peregrine-default.2.128", 0);
+    assert_eq!(configured["max"], 2);
+
+    // What is removed is not there any more; the configuration's own is again as it says.
+    for of in ["node:22-slim", "peregrine/default"] {
+        answer(&daemon, &["rm", of]);
+    }
+    assert!(answer(&daemon, &["list"])["pools"].as_array().unwrap().is_empty());
+    let daemon = Daemon::start_in(daemon.end(), &["--dev"]);
+    let all = answer(&daemon, &["list"]);
+    assert_eq!(all["pools"].as_array().unwrap().len(), 1, "{all}");
+    assert_eq!(all["pools"][0]["max"], 1);
+}
+
+#[test]
+fn what_a_pool_cannot_be_is_said_with_what_to_do() {
+    if !kvm_or_skip("what_a_pool_cannot_be_is_said_with_what_to_do") {
+        return;
+    }
+    let daemon = Daemon::start(CONFIG);
+    answer(&daemon, &["set", "default", "--mem", "128", "--min", "0"]);
+    answer(&daemon, &["set", "default", "--mem", "256", "--min", "0"]);
+    for (args, words) in [
+        (&["set", "default", "--min", "1"][..], &["vcpus and mem_mib"][..]),
+        (&["set", "default", "--mem", "128", "--min", "5", "--max", "2"], &["min <= max"]),
+        (&["set", "node:22-slim", "--mem", "128"], &["default.1.128", "delete it first"]),
+        (&["rm", "none"], &["404", "no pool none"]),
+        (&["list", "--key", "wrong"], &["401", "not valid"]),
+        (&["list", "--url", "ftp://x"], &["--url", "http://"]),
+        (&["list", "--url", "http://127.0.0.1:1"], &["does not answer", "peregrine serve"]),
+    ] {
+        let output = pool(&daemon, args);
+        assert_eq!(output.status.code(), Some(125), "{args:?}: {}", said(&output));
+        words.iter().for_each(|word| assert!(said(&output).contains(word), "{args:?}: {}", said(&output)));
+    }
+    let mut keyless = Command::new(peregrine());
+    let keyless = keyless.args(["pool", "list"]).env_remove("ISORUN_API_KEY").output().unwrap();
+    assert!(said(&keyless).contains("ISORUN_API_KEY"), "{}", said(&keyless));
+}
