@@ -57,6 +57,18 @@ pub struct RunRow {
     /// What a worker that still runs has to be counted from.
     #[serde(default)]
     pub running: Option<RunningRow>,
+    /// The request that made it, if it had a key.
+    #[serde(default)]
+    pub made_with: Option<MadeWith>,
+}
+
+/// The request that made a sandbox, for a client that sends it again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MadeWith {
+    /// Its `Idempotency-Key`.
+    pub key: String,
+    /// SHA-256 of path and body, in hexadecimal.
+    pub request: String,
 }
 
 /// The meter of a sandbox that runs.

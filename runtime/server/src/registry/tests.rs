@@ -26,6 +26,7 @@ fn run(id: &str, tenant: &str, ended_us: Option<i64>) -> RunRow {
         sleeps_in: None,
         found_at: None,
         running: None,
+        made_with: None,
     }
 }
 

@@ -7,6 +7,7 @@ use crate::conversation::Conversation;
 use crate::executor;
 use crate::images::{self, Image};
 use crate::pool::CheckedOut;
+use crate::registry::MadeWith;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
 use peregrine_vmm::worker::WorkerError;
@@ -41,6 +42,8 @@ pub struct CreateRequest {
     pub sleeps_when_idle: bool,
     /// A named network policy.
     pub network_profile: Option<String>,
+    /// The request as its client will know it again.
+    pub made_with: Option<MadeWith>,
 }
 
 /// Counts a sandbox that is being made.
@@ -78,11 +81,12 @@ impl Service {
         let (begun_guest, hit) = self.begin(&template, &id).await?;
         let sandbox = self.settle(&id, tenant, spec, begun_guest)?;
         sandbox.create.set(begun.elapsed());
+        sandbox.made_with.replace(request.made_with.clone());
         let data = json!({
             "image": sandbox.spec.shape.image.name, "vcpus": sandbox.spec.shape.vcpus,
             "mem_mib": sandbox.spec.shape.mem_mib, "pool_hit": hit,
         });
-        self.publish(&sandbox, "sandbox.created", data)?;
+        self.publish(std::slice::from_ref(&sandbox), "sandbox.created", data)?;
         Ok(sandbox)
     }
 
@@ -187,18 +191,35 @@ impl Service {
         Ok(Rc::new(sandbox))
     }
 
-    /// Makes a sandbox known: to the registry, to the audit log, to its tenant. From then on its end is noticed.
+    /// Makes sandboxes known: to the audit log, to the registry (all or none), to their tenant. From then on their
+    /// ends are noticed.
+    #[allow(clippy::needless_pass_by_value)]
     pub(super) fn publish(
         self: &Rc<Self>,
-        sandbox: &Rc<Sandbox>,
+        made: &[Rc<Sandbox>],
         event: &'static str,
         data: serde_json::Value,
     ) -> Result<(), ServiceError> {
-        self.journal.append(&sandbox.tenant, &sandbox.id, event, data)?;
-        self.note(sandbox)?;
-        self.sandboxes.borrow_mut().insert(Rc::clone(&sandbox.id), Rc::clone(sandbox));
-        self.watch(sandbox);
+        for sandbox in made {
+            self.journal.append(&sandbox.tenant, &sandbox.id, event, data.clone())?;
+        }
+        let rows: Vec<_> = made.iter().map(|sandbox| self.row(sandbox)).collect();
+        self.registry.put_runs(&rows)?;
+        for sandbox in made {
+            self.sandboxes.borrow_mut().insert(Rc::clone(&sandbox.id), Rc::clone(sandbox));
+            self.watch(sandbox);
+        }
         Ok(())
+    }
+
+    /// What a tenant's request with this key has made and is still there, in the order of its making.
+    #[must_use]
+    pub fn made_with(&self, tenant: &str, key: &str) -> Vec<(Rc<Sandbox>, MadeWith)> {
+        let made = self.sandboxes(tenant).into_iter().filter_map(|sandbox| {
+            let with = sandbox.made_with.borrow().clone().filter(|with| with.key == key)?;
+            Some((sandbox, with))
+        });
+        made.collect()
     }
 
     /// Notices when the sandbox's present worker ends by itself.

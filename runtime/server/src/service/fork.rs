@@ -4,6 +4,7 @@ use super::create::{begin_conversation, identity};
 use super::sandbox::{Begun, Place, Running, Sandbox};
 use super::{Service, ServiceError, ids};
 use crate::executor;
+use crate::registry::MadeWith;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
 use peregrine_vmm::worker::{MOST_CHILDREN, WorkerError};
@@ -20,6 +21,7 @@ impl Service {
         self: &Rc<Self>,
         sandbox: &Rc<Sandbox>,
         count: usize,
+        made_with: Option<MadeWith>,
     ) -> Result<Vec<Rc<Sandbox>>, ServiceError> {
         if !(1..=MOST_CHILDREN).contains(&count) {
             return Err(ServiceError::bad("count", format!("{count}, but must be 1 to {MOST_CHILDREN}")));
@@ -47,17 +49,11 @@ impl Service {
             );
             child.runs(begin_conversation(guest)?);
             child.create.set(begun.elapsed());
+            child.made_with.replace(made_with.clone());
             made.push(Rc::new(child));
         }
-        for child in &made {
-            let data = json!({ "parent": &*sandbox.id });
-            if let Err(error) = self.publish(child, "sandbox.forked", data) {
-                for known in &made {
-                    let _ = self.destroy(&known.tenant, &known.id).await;
-                }
-                return Err(error);
-            }
-        }
+        // Nobody knows them if this fails, and they end here.
+        self.publish(&made, "sandbox.forked", json!({ "parent": &*sandbox.id }))?;
         Ok(made)
     }
 }

@@ -43,7 +43,7 @@ pub use stream::{Stream, StreamEvent};
 pub use templates::Shape;
 
 use crate::artefacts::Artefacts;
-use crate::config::Config;
+use crate::config::{Config, OnStop};
 use crate::executor;
 use crate::pool::{Pool, PoolError};
 use crate::registry::{Registry, RegistryError, RunRow};
@@ -269,15 +269,26 @@ impl Service {
         }
     }
 
-    /// Ends everything: the pool's workers and all sandboxes that run.
+    /// Ends everything: the pool's workers and, unless the next daemon is to have them, all sandboxes that run.
     pub async fn shut_down(self: &Rc<Self>) {
+        let keep = self.config.on_stop == OnStop::Keep;
         let all: Vec<_> = self.sandboxes.borrow().values().cloned().collect();
-        for sandbox in all {
+        for sandbox in &all {
+            if keep {
+                // Nothing changes it any more: hold its turn for ever.
+                std::mem::forget(sandbox.turn().await);
+                continue;
+            }
             if let Err(error) = self.destroy(&sandbox.tenant, &sandbox.id).await {
                 tracing::warn!(id = %sandbox.id, %error, "at shutdown");
             }
         }
         self.pool.drain().await;
         executor::blocking(self.journal.seal()).await;
+        if keep {
+            // Dropped, a sandbox ends.
+            tracing::info!(sandboxes = all.len(), "they run on for the next daemon");
+            std::process::exit(0);
+        }
     }
 }

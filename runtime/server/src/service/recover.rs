@@ -152,6 +152,7 @@ fn sandbox_of(row: &RunRow) -> Option<Rc<Sandbox>> {
     };
     let created = Timestamp::from_microsecond(row.created_us).ok()?;
     let sandbox = Sandbox::new(&row.id, Tenant::from(row.tenant.as_str()), spec, created, before);
+    sandbox.made_with.replace(row.made_with.clone());
     sandbox.create.set(Duration::from_secs_f64(row.create_ms.clamp(0.0, 1e9) / 1000.0));
     Some(Rc::new(sandbox))
 }

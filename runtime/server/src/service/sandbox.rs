@@ -15,7 +15,7 @@ use super::meter::{Meter, Usage};
 use super::templates::Shape;
 use crate::conversation::Conversation;
 use crate::pool::Held;
-use crate::registry::RunRow;
+use crate::registry::{MadeWith, RunRow};
 use jiff::Timestamp;
 use peregrine_vmm::worker::{Going, Rendezvous, Worker, WorkerError};
 use std::cell::{Cell, RefCell};
@@ -138,6 +138,8 @@ pub struct Sandbox {
     pub create: Cell<Duration>,
     /// When it was made.
     pub created: Timestamp,
+    /// The request that made it, if it had a key.
+    pub(super) made_with: RefCell<Option<MadeWith>>,
     pub(super) timeout: Cell<Option<Duration>>,
     pub(super) state: RefCell<State>,
     pub(super) meter: RefCell<Meter>,
@@ -168,6 +170,7 @@ impl Sandbox {
             spec,
             create: Cell::default(),
             created,
+            made_with: RefCell::default(),
             state: RefCell::new(State::Ended),
             meter: RefCell::new(Meter::new(before)),
             noted: Cell::new(Instant::now()),
@@ -280,6 +283,7 @@ impl Sandbox {
             sleeps_in: if let State::Hibernated(dir) = &*state { Some(dir.clone()) } else { None },
             found_at: if let State::Running(running) = &*state { running.place() } else { None },
             running: self.meter.borrow().running(),
+            made_with: self.made_with.borrow().clone(),
         }
     }
 }

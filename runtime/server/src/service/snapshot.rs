@@ -100,7 +100,7 @@ impl Service {
         let woken = self.wake(&spec.shape, &row.dir, &id).await?;
         let sandbox = self.settle(&id, tenant, spec, woken)?;
         sandbox.create.set(begun.elapsed());
-        self.publish(&sandbox, "sandbox.restored", json!({ "snapshot_id": row.id }))?;
+        self.publish(std::slice::from_ref(&sandbox), "sandbox.restored", json!({ "snapshot_id": row.id }))?;
         Ok(sandbox)
     }
 

@@ -25,6 +25,14 @@ use std::time::{Duration, Instant};
 /// How long `Go` waits for the guest's first VM exit: a guest that computes makes none.
 const FIRST_EXIT_PATIENCE: Duration = Duration::from_secs(1);
 
+/// Nice value of whoever answers requests: no guest that computes may stand in the way of one that is asked for.
+const ANSWERS_NICE: i32 = -10;
+
+/// Gives this thread, and those that it makes from now on, a nice value. Without the right to, all are equal.
+fn nice(value: i32) {
+    let _ = rustix::process::setpriority_process(None, value);
+}
+
 /// A guest and what is needed to clone it.
 struct Sandbox {
     vm: MicroVm,
@@ -47,6 +55,8 @@ struct Sandbox {
 /// Serves one owner until it goes away. Ends the process, so that nothing can be left of its guest.
 pub fn serve(control: OwnedFd) -> ! {
     ignore_children();
+    // Guests are made, and run, as everybody else.
+    nice(0);
     // What is the same for every guest is found out and made before there is one: CPUID traps where this host is a
     // virtual machine, and KVM's answer takes a third of a millisecond. If there is no KVM, the first request
     // says so.
@@ -85,6 +95,7 @@ fn serve_with(mut control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox
                         let sent = send(&control, &reply, &[connection.as_fd()]);
                         // Its owner knows; what is still to do need not be waited for.
                         prepared.vm.approach();
+                        nice(ANSWERS_NICE);
                         sent
                     }
                     Err(error) => send(&control, &Reply::Failed(error.to_string()), &[]),
@@ -307,10 +318,12 @@ fn become_children(
     let keep: Vec<_> = disks.chain([sandbox.base.as_raw_fd(), mine.as_raw_fd()]).collect();
     // What else is open belongs to the parent's microVM, which is leaked here: this function never returns.
     close_all_but(&keep);
+    nice(0);
     match rebuild(mem, sandbox, &machine) {
         Ok((sandbox, reply, connection)) => {
             let _ = send(&mine, &reply, &[connection.as_fd()]);
             drop(connection);
+            nice(ANSWERS_NICE);
             serve_with(mine, None, Some(sandbox))
         }
         Err(error) => {
