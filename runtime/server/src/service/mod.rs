@@ -273,10 +273,11 @@ impl Service {
     pub async fn shut_down(self: &Rc<Self>) {
         let keep = self.config.on_stop == OnStop::Keep;
         let all: Vec<_> = self.sandboxes.borrow().values().cloned().collect();
+        let mut turns = Vec::new();
         for sandbox in &all {
             if keep {
-                // Nothing changes it any more: hold its turn for ever.
-                std::mem::forget(sandbox.turn().await);
+                // Nothing changes it any more.
+                turns.push(sandbox.turn().await);
                 continue;
             }
             if let Err(error) = self.destroy(&sandbox.tenant, &sandbox.id).await {
@@ -287,7 +288,7 @@ impl Service {
         executor::blocking(self.journal.seal()).await;
         if keep {
             // Dropped, a sandbox ends.
-            tracing::info!(sandboxes = all.len(), "they run on for the next daemon");
+            tracing::info!(sandboxes = turns.len(), "they run on for the next daemon");
             std::process::exit(0);
         }
     }
