@@ -102,6 +102,8 @@ pub(super) struct Line {
     seen: usize,
     outbox: Outbox,
     commands: HashMap<u32, Entry>,
+    /// Commands whose standard input is at its end once all frames are out.
+    fed: Vec<Rc<Tape>>,
     /// While the guest says what it has, after an earlier owner: answers that it may still call for.
     rejoining: Option<usize>,
     shared: Rc<Shared>,
@@ -129,6 +131,7 @@ impl Line {
             seen: 0,
             outbox: Outbox::default(),
             commands: HashMap::new(),
+            fed: Vec::new(),
             rejoining: None,
             shared,
             pause: None,
@@ -214,7 +217,10 @@ impl Line {
                 if let Some(entry) = self.commands.get_mut(&stream) {
                     let message = match &message {
                         Message::Stdin(bytes) => ToGuest::Stdin(bytes),
-                        Message::StdinEof => ToGuest::StdinEof,
+                        Message::StdinEof => {
+                            self.fed.extend(entry.tape.clone());
+                            ToGuest::StdinEof
+                        }
                         Message::Signal(signo) => ToGuest::Signal { signo: *signo },
                         Message::Resize(rows, cols) => ToGuest::Resize { rows: *rows, cols: *cols },
                         Message::Window(bytes) => {
@@ -274,6 +280,7 @@ impl Line {
         }
         bytes.clear();
         *sent = 0;
+        self.fed.drain(..).for_each(|tape| tape.stdin_done());
         if bytes.capacity() > 4 * FRAME_MAX_BYTES {
             bytes.shrink_to(FRAME_MAX_BYTES);
         }

@@ -59,10 +59,7 @@ impl Meter {
             cpu: Duration::from_millis(row.cpu_ms),
             mem_peak_bytes: row.mem_peak_bytes,
         };
-        // The clock is the host's since its start, as the worker is.
-        let for_ns = monotonic_ns().saturating_sub(row.since_ns);
-        let now = Instant::now();
-        Self { before, running: Some((now.checked_sub(Duration::from_nanos(for_ns)).unwrap_or(now), pid)) }
+        Self { before, running: Some((instant_of(row.since_ns), pid)) }
     }
 
     /// What it has used up to now.
@@ -83,6 +80,13 @@ impl Meter {
         self.running = None;
         self.before
     }
+}
+
+/// A time on CLOCK_MONOTONIC that another daemon took: the clock is the host's since its start, as its workers are.
+pub(super) fn instant_of(ns: u64) -> Instant {
+    let now = Instant::now();
+    let ago = Duration::from_nanos(monotonic_ns().saturating_sub(ns));
+    now.checked_sub(ago).unwrap_or(now)
 }
 
 fn narrow(wide: u128) -> u64 {
