@@ -31,9 +31,11 @@ use crate::sys::{
 
 const OVERLAY_OPTIONS: &CStr = c"lowerdir=/lower,upperdir=/rw/upper,workdir=/rw/work";
 const CMDLINE_MAX_BYTES: usize = 2048;
-const THP_FILES: [&CStr; 2] = [
+const THP_FILES: [&CStr; 3] = [
     c"/sys/kernel/mm/transparent_hugepage/enabled",
     c"/sys/kernel/mm/transparent_hugepage/hugepages-64kB/enabled",
+    // For what is too short or not aligned for the others: heaps, stacks.
+    c"/sys/kernel/mm/transparent_hugepage/hugepages-16kB/enabled",
 ];
 
 /// What wakes an idle kernel for nothing: the search for fragmented memory twice a second (most of what an idle
@@ -74,14 +76,19 @@ pub(crate) fn boot() -> Result<Booted, BootFailed> {
     let mut cmdline = [0; CMDLINE_MAX_BYTES];
     let cmdline = read_file(c"/newroot/proc/cmdline", &mut cmdline).unwrap_or(&[]);
     limit_writable(cmdline)?;
+    let big_folios = parameter(cmdline, b"peregrine.thp=") == Some(b"1");
+    if big_folios {
+        // What is written at once lies in one folio, as far as the file is long. A kernel without them refuses.
+        let _ = mount(c"rw", c"/rw", c"tmpfs", MountFlags::REMOUNT, c"huge=within_size");
+    }
     let boot_id = Ids::boot().step("put a file over /proc/sys/kernel/random/boot_id")?;
     enter_root()?;
     let machine_id = Ids::machine().step("make /etc/machine-id")?;
     let ids = Ids::new(machine_id, boot_id);
     fill_dev()?;
-    if parameter(cmdline, b"peregrine.thp=") == Some(b"1") {
+    if big_folios {
         for file in THP_FILES {
-            // The kernel may have neither; it then works as usual.
+            // The kernel may have none of them; it then works as usual.
             let _ = write_file(file, b"always");
         }
     }

@@ -9,6 +9,7 @@ use std::arch::is_x86_feature_detected;
 use std::ffi::{c_int, c_void};
 use std::fs::File;
 use std::io::{Read as _, Write as _};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::ptr::null_mut;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,6 +24,7 @@ unsafe extern "C" {
     fn mremap(at: *mut c_void, old: usize, new: usize, flags: c_int, ...) -> *mut c_void;
     fn madvise(at: *mut c_void, len: usize, advice: c_int) -> c_int;
     fn signal(number: c_int, handler: usize) -> usize;
+    fn fallocate(fd: c_int, mode: c_int, offset: i64, len: i64) -> c_int;
     fn kill(pid: c_int, number: c_int) -> c_int;
     fn getpid() -> c_int;
     fn getppid() -> c_int;
@@ -36,6 +38,8 @@ const SHARED: c_int = 1;
 const PRIVATE: c_int = 2;
 const ANONYMOUS: c_int = 0x20;
 const DONTNEED: c_int = 4;
+/// FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE.
+const PUNCH_HOLE: c_int = 3;
 const SIGKILL: c_int = 9;
 const SIGUSR1: c_int = 10;
 const SIGALRM: c_int = 14;
@@ -352,8 +356,13 @@ fn files(scale: usize, dir: &str) -> u64 {
         let file = File::options().read(true).write(true).create(true).truncate(true).open(path(n)).expect("open");
         let mut model: Vec<u8> = Vec::new();
         for _ in 0..40 {
-            let (at, len) = (random.below(200_000), 1 + random.below(20_000));
-            match random.below(5) {
+            let (at, mut len) = (random.below(200_000), 1 + random.below(20_000));
+            let what = random.below(7);
+            if what == 6 {
+                // Large writes, which take large folios, up to 2 MiB at once.
+                len <<= random.below(7);
+            }
+            match what {
                 0 => {
                     file.set_len(at as u64).expect("truncate");
                     model.resize(at, 0);
@@ -371,6 +380,19 @@ fn files(scale: usize, dir: &str) -> u64 {
                     map.bytes()[start..start + 64].fill(0xee);
                     assert!(map.bytes()[..start] == model[..start], "the private mapping differs");
                     assert!(map.bytes()[start + 64..] == model[start + 64..], "the private mapping differs");
+                }
+                3 if model.len() > PAGE => {
+                    let end = model.len().min(at + 4 * len);
+                    // SAFETY: a plain call on an open file.
+                    let punched = unsafe { fallocate(file.as_raw_fd(), PUNCH_HOLE, at as i64, 4 * len as i64) };
+                    assert_eq!(punched, 0, "{}", std::io::Error::last_os_error());
+                    model[at.min(end)..end].fill(0);
+                }
+                4 if model.len() > PAGE => {
+                    let start = at % model.len();
+                    let mut data = vec![1; (8 * len).min(model.len() - start)];
+                    file.read_exact_at(&mut data, start as u64).expect("read");
+                    assert!(data == model[start..start + data.len()], "what is read differs");
                 }
                 _ => {
                     let mut data = vec![0; len];

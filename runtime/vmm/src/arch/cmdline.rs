@@ -37,8 +37,8 @@ const SOFTWARE_KVM: &[&str] = &[
     // KVM wakes all waiters for a host page on each restore; templates are in the page cache, so nobody
     // waits.
     "no-kvmapf",
-    // A tick is 1.6 ms there: one each 50 ms while a CPU is busy.
-    "tick_stretch=5",
+    // A tick, and what it wakes, is 5 ms there: one each 100 ms while a CPU is busy.
+    "tick_stretch=10",
     // Huge pages: a fault costs 2 ms whatever its size. The agent switches them on.
     "peregrine.thp=1",
     // The agent in SCHED_BATCH: a command and the agent take fewer turns for the same output.
