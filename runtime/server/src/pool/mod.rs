@@ -160,6 +160,10 @@ impl Pool {
     }
 }
 
+/// A checkout makes room for a worker more. Making it waits so long, or it would compete with the very create that took
+/// the last one.
+const REFILL_AFTER: Duration = Duration::from_millis(5);
+
 struct Waiting {
     key: TemplateKey,
     since: Instant,
@@ -318,7 +322,11 @@ impl Owner {
             return;
         };
         let (program, begun) = (self.program.clone(), self.shells.remove(&slot));
+        let wanted_now = !self.waiting.is_empty();
         executor::spawn(async move {
+            if !wanted_now {
+                tokio::time::sleep(REFILL_AFTER).await;
+            }
             let result = executor::in_the_background(move || {
                 let shell = match begun {
                     Some(shell) => shell,

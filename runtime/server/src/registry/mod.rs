@@ -244,9 +244,7 @@ fn fold_beside(path: &Path) {
     let folding = move || {
         loop {
             std::thread::sleep(CHECKPOINT_EVERY);
-            let folded = Connection::open(&path)
-                .and_then(|db| db.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(())));
-            if let Err(error) = folded {
+            if let Err(error) = fold(&path) {
                 tracing::warn!(%error, "the registry's log cannot be folded");
             }
         }
@@ -254,6 +252,14 @@ fn fold_beside(path: &Path) {
     if let Err(error) = std::thread::Builder::new().name("registry-fold".to_owned()).spawn(folding) {
         tracing::warn!(%error, "the registry's log will not be folded");
     }
+}
+
+fn fold(path: &Path) -> rusqlite::Result<()> {
+    let db = Connection::open(path)?;
+    db.pragma_update(None, "synchronous", "NORMAL")?;
+    db.query_row("PRAGMA wal_checkpoint(PASSIVE)", [], |_| Ok(()))?;
+    // The first write after that begins the log anew and syncs its head, 5 ms: let it be this one.
+    db.pragma_update(None, "user_version", SCHEMA_VERSION)
 }
 
 #[cfg(test)]

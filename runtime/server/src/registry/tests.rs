@@ -67,6 +67,22 @@ fn history_is_newest_first_and_paged_without_gaps() {
 }
 
 #[test]
+fn the_write_after_a_fold_does_not_begin_the_log_anew() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join("registry.db");
+    let registry = Registry::open(&path).unwrap();
+    // Bytes 16 to 23 of its head are salts, changed when it begins anew (SQLite's file format, 4.1), which syncs.
+    let salts = || std::fs::read(home.path().join("registry.db-wal")).unwrap()[16..24].to_vec();
+    registry.put_run(&run("a", "one", None)).unwrap();
+    let before = salts();
+    fold(&path).unwrap();
+    let folded = salts();
+    assert_ne!(folded, before);
+    registry.put_run(&run("b", "one", None)).unwrap();
+    assert_eq!(salts(), folded);
+}
+
+#[test]
 fn a_registry_of_a_newer_version_is_refused() {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("registry.db");
