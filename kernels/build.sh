@@ -198,12 +198,15 @@ check_sha256() {
 # Other architectures, documentation, sound, graphics and the like are most of the tree's files; none of them is compiled.
 # Kconfig files and Makefiles stay everywhere, since others include them.
 unpack_tree() {
+	# Who keeps the tree may want the kernel's self tests (tests/selftests.sh).
+	local not_kept=(--exclude='*/tools/testing/*.[ch]')
+	[ "$keep_tree" = no ] || not_kept=()
 	# A checkpoint is a record of 10 KiB; tar's own shell expands the action.
 	# shellcheck disable=SC2016
 	tar -I 'xz -T0' -xf "$work/deb/source.tar.xz" -C "$work/tree" --strip-components=1 \
 		--exclude='*/arch/[a-w]*/*.[chS]' --exclude='*/arch/xtensa/*.[chS]' --exclude='*.dts' --exclude='*.dtsi' \
 		--exclude='*/Documentation/*.rst' --exclude='*/Documentation/*.yaml' --exclude='*/Documentation/*.txt' \
-		--exclude='*/tools/testing/*.[ch]' --exclude='*/tools/perf/*.[ch]' \
+		"${not_kept[@]}" --exclude='*/tools/perf/*.[ch]' \
 		--exclude='*/sound/*.[ch]' --exclude='*/drivers/gpu/*.[ch]' --exclude='*/drivers/media/*.[ch]' \
 		--exclude='*/drivers/staging/*.[ch]' --exclude='*/drivers/net/ethernet/*.[ch]' \
 		--exclude='*/drivers/net/wireless/*.[ch]' --checkpoint=5000 \

@@ -62,7 +62,29 @@ fn write(path: &CStr, [buffer, name]: &mut [[u8; BUFFER_BYTES]; 2]) -> Result<()
     if !file.look()?.is_regular() {
         return Err(Errno::INVAL);
     }
-    copy(&stdio(0), &file, buffer)
+    let stdin = stdio(0);
+    loop {
+        // A buffer at a time, whatever the pieces are that it comes in: what is written at once lies in one folio.
+        let len = fill(&stdin, buffer)?;
+        write_all(&file, &buffer[..len])?;
+        if len < buffer.len() {
+            return Ok(());
+        }
+    }
+}
+
+/// Reads until the buffer is full or there is no more; how much there was.
+fn fill(from: &Fd, buffer: &mut [u8]) -> Result<usize, Errno> {
+    let mut len = 0;
+    while len < buffer.len() {
+        match from.read(&mut buffer[len..]) {
+            Ok(0) => break,
+            Ok(more) => len += more,
+            Err(Errno::INTR) => {}
+            Err(errno) => return Err(errno),
+        }
+    }
+    Ok(len)
 }
 
 /// Makes the directories that a file's path names.

@@ -37,7 +37,7 @@ async function follow(seen, body, enough = () => false) {
   throw new Error('the stream ended before the command');
 }
 
-const bootId = async (sandbox) => (await sandbox.exec('cat /proc/sys/kernel/random/boot_id')).stdout;
+const bootId = async (sandbox) => (await sandbox.exec('cat /proc/sys/kernel/random/boot_id', 240)).stdout;
 const commands = {
   // Its output comes piece by piece, all the while.
   slow: { command: 'for i in 1 2 3 4 5 6 7 8 9 10 11 12; do echo $i; sleep 0.3; done; exit 7', timeout: 240 },
@@ -99,7 +99,7 @@ if (phase === 'before') {
   await two.hibernate();
   await two.resume();
   assert.equal(await two.readFile('/tmp/word'), 'kept');
-  assert.equal((await one.exec('exit 4')).exitCode, 4);
+  assert.equal((await one.exec('exit 4', 240)).exitCode, 4);
   const elapsed = Date.now() - killed;
   for (const id of [...ids, child.id]) {
     const destroyed = await (await client.get(id)).destroy();

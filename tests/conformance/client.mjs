@@ -20,7 +20,7 @@ assert.equal(sandbox.vcpus, 1);
 assert.equal(sandbox.memMiB, 128);
 assert.ok(sandbox.createMs > 0);
 
-const ran = await step('exec', () => sandbox.exec('echo out; echo err >&2; exit 7'));
+const ran = await step('exec', () => sandbox.exec('echo out; echo err >&2; exit 7', 240));
 assert.deepEqual(ran, { exitCode: 7, stdout: 'out\n', stderr: 'err\n' });
 
 const info = await step('info', () => sandbox.info());
@@ -69,7 +69,7 @@ await assert.rejects(forks[1].exec('true'), (e) => e.status === 409);
 await step('resume', () => forks[1].resume());
 assert.equal((await forks[1].info()).status, 'running');
 assert.equal(await forks[1].readFile('/tmp/deep/bytes'), 'a\nb');
-assert.deepEqual(await forks[1].exec('hostname'), { exitCode: 0, stdout: `${forks[1].id}\n`, stderr: '' });
+assert.deepEqual(await forks[1].exec('hostname', 240), { exitCode: 0, stdout: `${forks[1].id}\n`, stderr: '' });
 await forks[1].destroy();
 
 const audit = await step('auditLog', () => sandbox.auditLog());
