@@ -50,7 +50,7 @@ const ITEMS: &[Item] = &[
 
 /// Kernel parameters that switch the levers of software KVM off: the later word wins, and `bulk_memory=`
 /// replaces ours.
-pub const LEVERS_OFF: &str = "syscall_by_fault bulk_memory=0 file_around=0,0 cow_around=0 pipe_runs=0 \
+pub const LEVERS_OFF: &str = "syscall_by_fault bulk_memory=0 file_around=0,0 cow_around=0 pipe_runs=0 vsock_rx=4 \
                               pelt_step=1 tick_stretch=1 peregrine.thp=0 peregrine.batch=0";
 
 /// Builds a program of `bench/guest` with rustc, beside the other build products.

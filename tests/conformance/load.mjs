@@ -40,8 +40,8 @@ if (process.argv[2] === 'connections') {
   process.exit(0);
 }
 
-// A large file up and down again, byte for byte. Where the guest's kernel is emulated a MiB takes seconds.
-const size = Number(process.env.PEREGRINE_TEST_FILE_MIB ?? 8) << 20;
+// A large file up and down again, byte for byte. Where the guest's kernel is emulated a MiB takes half a second.
+const size = Number(process.env.PEREGRINE_TEST_FILE_MIB ?? 256) << 20;
 const sandbox = await call('POST', '/v1/runs', { mem_mib: size > 32 << 20 ? 1024 : 128, timeout: 0 });
 const portion = Buffer.alloc(1 << 20);
 const sent = createHash('sha256');

@@ -1,6 +1,7 @@
 //! The one place that knows which runtime the daemon runs on: tokio-uring, one thread, sockets on its tokio
 //! half. What blocks (workers' control sockets, files of the host) goes to a small pool of threads.
 
+use peregrine_vmm::priority;
 use std::future::Future;
 use std::io;
 use tokio::task::JoinHandle;
@@ -39,12 +40,9 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
     }
 }
 
-/// Nice value of the daemon's threads: guests compute, requests shall not wait for them.
-const NICE: i32 = -10;
-
-/// Gives this thread, and those that it makes, priority over guests. Without the right to, all are equal.
+/// Gives this thread, and those that it makes, priority over guests.
 pub fn come_first() {
-    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+    if let Err(error) = priority::first() {
         tracing::info!(%error, "requests have no priority over guests");
     }
 }
@@ -55,10 +53,9 @@ pub fn come_first() {
 /// If `work` does.
 pub async fn in_the_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     blocking(move || {
-        let before = rustix::process::getpriority_process(None).unwrap_or(0);
-        let _ = rustix::process::setpriority_process(None, 0);
+        let _ = priority::equal();
         let value = work();
-        let _ = rustix::process::setpriority_process(None, before);
+        let _ = priority::first();
         value
     })
     .await

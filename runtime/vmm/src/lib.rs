@@ -19,6 +19,7 @@ mod error;
 pub mod event_loop;
 pub mod host;
 pub mod memory;
+pub mod priority;
 pub mod profile;
 pub mod snapshot;
 pub mod stats;

@@ -54,3 +54,49 @@ pub(crate) fn ignore_children() {
     // SAFETY: SIG_IGN is a valid disposition for SIGCHLD.
     unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
 }
+
+/// How the host's scheduler treats a thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Scheduling {
+    pub(crate) nice: i32,
+    /// Its slice; 0 is the kernel's own.
+    pub(crate) slice_ns: u64,
+}
+
+/// `struct sched_attr`, version 0 (sched_setattr(2)).
+#[repr(C)]
+#[derive(Default)]
+struct SchedAttr {
+    size: u32,
+    policy: u32,
+    flags: u64,
+    nice: i32,
+    priority: u32,
+    runtime: u64,
+    deadline: u64,
+    period: u64,
+}
+
+const SCHED_ATTR_BYTES: u32 = 48;
+const _: () = assert!(size_of::<SchedAttr>() == SCHED_ATTR_BYTES as usize);
+
+/// Sets it for the calling thread; the policy is the ordinary one (SCHED_OTHER, 0).
+pub(crate) fn schedule(Scheduling { nice, slice_ns }: Scheduling) -> io::Result<()> {
+    let attr = SchedAttr { size: SCHED_ATTR_BYTES, nice, runtime: slice_ns, ..SchedAttr::default() };
+    // SAFETY: the kernel reads as many bytes as the structure says it has, which it has, and keeps nothing.
+    match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// What it is for the calling thread.
+#[cfg(test)]
+pub(crate) fn scheduling() -> io::Result<Scheduling> {
+    let mut attr = SchedAttr::default();
+    // SAFETY: the kernel writes no more than it is told the structure has.
+    match unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, SCHED_ATTR_BYTES, 0) } {
+        0 => Ok(Scheduling { nice: attr.nice, slice_ns: attr.runtime }),
+        _ => Err(io::Error::last_os_error()),
+    }
+}

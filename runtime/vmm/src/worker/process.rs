@@ -9,6 +9,7 @@ use crate::devices::Disk;
 use crate::devices::mmio::State;
 use crate::event_loop::ring::peek_bytes;
 use crate::memory::GuestMemory;
+use crate::priority;
 use crate::snapshot::{AgentState, Compat, MachineState, Run, Snapshot, Stored};
 use crate::sys::process::{Forked, close_all_but, exit_now, fork, ignore_children};
 use crate::vm::{DiskConfig, MicroVm, Shell, open_disks, open_kvm};
@@ -24,14 +25,6 @@ use std::time::{Duration, Instant};
 
 /// How long `Go` waits for the guest's first VM exit: a guest that computes makes none.
 const FIRST_EXIT_PATIENCE: Duration = Duration::from_secs(1);
-
-/// Nice value of whoever answers requests: no guest that computes may stand in the way of one that is asked for.
-const ANSWERS_NICE: i32 = -10;
-
-/// Gives this thread, and those that it makes from now on, a nice value. Without the right to, all are equal.
-fn nice(value: i32) {
-    let _ = rustix::process::setpriority_process(None, value);
-}
 
 /// A guest and what is needed to clone it.
 struct Sandbox {
@@ -56,7 +49,7 @@ struct Sandbox {
 pub fn serve(control: OwnedFd) -> ! {
     ignore_children();
     // Guests are made, and run, as everybody else.
-    nice(0);
+    let _ = priority::equal();
     // What is the same for every guest is found out and made before there is one: CPUID traps where this host is a
     // virtual machine, and KVM's answer takes a third of a millisecond. If there is no KVM, the first request
     // says so.
@@ -95,7 +88,7 @@ fn serve_with(mut control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox
                         let sent = send(&control, &reply, &[connection.as_fd()]);
                         // Its owner knows; what is still to do need not be waited for.
                         prepared.vm.approach();
-                        nice(ANSWERS_NICE);
+                        let _ = priority::first();
                         sent
                     }
                     Err(error) => send(&control, &Reply::Failed(error.to_string()), &[]),
@@ -318,12 +311,12 @@ fn become_children(
     let keep: Vec<_> = disks.chain([sandbox.base.as_raw_fd(), mine.as_raw_fd()]).collect();
     // What else is open belongs to the parent's microVM, which is leaked here: this function never returns.
     close_all_but(&keep);
-    nice(0);
+    let _ = priority::equal();
     match rebuild(mem, sandbox, &machine) {
         Ok((sandbox, reply, connection)) => {
             let _ = send(&mine, &reply, &[connection.as_fd()]);
             drop(connection);
-            nice(ANSWERS_NICE);
+            let _ = priority::first();
             serve_with(mine, None, Some(sandbox))
         }
         Err(error) => {

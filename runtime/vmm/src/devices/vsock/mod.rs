@@ -39,7 +39,8 @@ pub const GUEST_CID: u64 = 3;
 const RX: usize = 0;
 const TX: usize = 1;
 const EVENT: usize = 2;
-/// Linux allocates a 4 KiB buffer for each RX entry at boot, at thousands of instructions a piece.
+/// Linux allocates a buffer for each RX entry at boot (4 KiB, or 32 KiB with vsock_rx=32), at thousands of instructions a
+/// piece.
 const RX_SIZE: u16 = 16;
 const TX_SIZE: u16 = 128;
 /// Linux posts eight event buffers.
