@@ -51,12 +51,22 @@ impl Daemon {
     /// If it does not come up.
     #[must_use]
     pub fn start_in(state: tempfile::TempDir, arguments: &[&str]) -> Self {
+        Self::start_in_with(state, arguments, &[])
+    }
+
+    /// The same, with these variables more in its environment.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start_in_with(state: tempfile::TempDir, arguments: &[&str], variables: &[(&str, &Path)]) -> Self {
         let mut child = Command::new(peregrine())
             .args(["serve", "--json", "--listen", "127.0.0.1:0", "--log", "warn", "--config"])
             .arg(state.path().join("config.toml"))
             .arg("--state")
             .arg(state.path().join("state"))
             .args(arguments)
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap_or_else(|e| panic!("{e}"));

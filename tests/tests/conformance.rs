@@ -37,7 +37,7 @@ fn every_error_of_the_document_can_be_provoked_and_keys_and_tenants_are_kept_apa
     if !kvm_or_skip("every_error_of_the_document_can_be_provoked_and_keys_and_tenants_are_kept_apart") {
         return;
     }
-    let limits = "[limits]\nsandboxes = 3\nrequests_per_s = 200\nrequest_burst = 400\n";
+    let limits = "[limits]\nsandboxes = 3\nrequests_per_s = 200\nrequest_burst = 400\nwatchdog_s = 15\n";
     let daemon = Daemon::start(&format!("{CONFIG}{limits}"));
     run(&daemon, "errors.mjs", &[]);
 }

@@ -31,14 +31,11 @@ impl fmt::Display for KvmKind {
     }
 }
 
-/// Physical memory of the host in MiB, or 0 if `/proc/meminfo` cannot be read.
+/// Physical memory of the host in MiB. Asked of the kernel without a file: a process may have no descriptor left.
 #[must_use]
 pub fn memory_mib() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    text.lines()
-        .find_map(|l| l.strip_prefix("MemTotal:"))
-        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
-        .map_or(0, |kib| kib / 1024)
+    let info = rustix::system::sysinfo();
+    (info.totalram * u64::from(info.mem_unit)) >> 20
 }
 
 /// Can this process make an `io_uring`, which every microVM's event loop needs?

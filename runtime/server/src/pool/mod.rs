@@ -93,16 +93,17 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// An empty pool whose workers are `program worker`.
+    /// An empty pool whose workers are `program worker`, and answer within `patience`.
     ///
     /// # Errors
     /// If a limit is out of range.
-    pub fn start(limits: Limits, program: PathBuf) -> Result<Self, PoolError> {
+    pub fn start(limits: Limits, program: PathBuf, patience: Duration) -> Result<Self, PoolError> {
         let pool = prewarm::Pool::new(limits)?;
         let (orders, receiver) = mpsc::unbounded_channel();
         let owner = Owner {
             pool,
             program,
+            patience,
             epoch: Instant::now(),
             sources: HashMap::new(),
             shells: HashMap::new(),
@@ -169,6 +170,7 @@ struct Waiting {
 struct Owner {
     pool: prewarm::Pool<TemplateKey>,
     program: PathBuf,
+    patience: Duration,
     epoch: Instant,
     sources: HashMap<TemplateKey, Source>,
     shells: HashMap<SlotId, Shell>,
@@ -317,12 +319,12 @@ impl Owner {
         let (Some(orders), source) = (self.orders.upgrade(), self.sources.get(template).cloned()) else {
             return;
         };
-        let (program, begun) = (self.program.clone(), self.shells.remove(&slot));
+        let (program, begun, patience) = (self.program.clone(), self.shells.remove(&slot), self.patience);
         executor::spawn(async move {
             let result = executor::blocking(move || {
                 let shell = match begun {
                     Some(shell) => shell,
-                    None => Shell::spawn(&program)?,
+                    None => Shell::spawn(&program, patience)?,
                 };
                 match (to, source) {
                     (Depth::Parked, Some(source)) => shell.park(&source),

@@ -102,6 +102,11 @@ impl Service {
                     tracing::warn!(%error, "a worker of the pool is gone");
                     left -= 1;
                 }
+                Err(error @ WorkerError::Stuck) if left > 0 => {
+                    tracing::warn!(%error, "a worker of the pool is stuck");
+                    // It took long to find out.
+                    left = 0;
+                }
                 Err(error) => return Err(error.into()),
             }
         }

@@ -27,6 +27,7 @@ mod snapshot;
 mod stream;
 mod templates;
 mod usage;
+mod watchdog;
 
 pub use create::{CreateRequest, idleness};
 pub use destroy::Destroyed;
@@ -92,6 +93,7 @@ pub struct Service {
     pub(crate) journal: Journal,
     templates: Templates,
     streams: stream::Streams,
+    watches: watchdog::Watches,
     pools: RefCell<BTreeMap<String, pools::Kept>>,
     sandboxes: RefCell<HashMap<Rc<str>, Rc<Sandbox>>>,
     /// Sandboxes that are being made: they count against the limits.
@@ -125,12 +127,13 @@ impl Service {
         let limits =
             prewarm::Limits { max_bytes: config.limits.pool_mib << 20, ..prewarm::Limits::default() };
         let service = Rc::new(Self {
-            pool: Pool::start(limits, program.clone())?,
+            pool: Pool::start(limits, program.clone(), config.limits.patience())?,
             program,
             registry: Registry::open(&state.join("registry.db"))?,
             journal: Journal::open(&state.join("audit")).map_err(failed)?,
             templates: Templates::new(artefacts),
             streams: stream::Streams::default(),
+            watches: watchdog::Watches::default(),
             pools: RefCell::default(),
             sandboxes: RefCell::default(),
             making: Cell::new(0),
@@ -146,6 +149,7 @@ impl Service {
                 let Some(service) = sweeping.upgrade() else { return };
                 service.end_idle();
                 service.note_some();
+                service.watches.tidy();
             }
         });
         let sealing = Rc::downgrade(&service);
