@@ -333,6 +333,13 @@ impl Core<'_> {
             writable: true,
             watched_for_room: false,
         });
+        self.greet();
+        self.settle();
+        self.flush();
+    }
+
+    /// Says who this is and which commands there are, to a host that knows neither.
+    fn greet(&mut self) {
         let (user_us, sys_us) = sys::usage_us();
         let hello = Hello {
             version: VERSION,
@@ -348,8 +355,6 @@ impl Core<'_> {
                 stream.resume(ring);
             }
         }
-        self.settle();
-        self.flush();
     }
 
     /// Commands go on; their output stays in their pipes until somebody grants a window.
@@ -494,6 +499,7 @@ impl Core<'_> {
             }
             ToGuest::Adopt(adopt) => self.adopt(&adopt),
             ToGuest::Freeze => self.freeze_due = self.gate.is_some(),
+            ToGuest::Rejoin => self.greet(),
             ToGuest::Shutdown => match self.role {
                 Role::Init => sys::reboot(),
                 Role::Hosted => self.end_hosted(),

@@ -40,6 +40,10 @@
 //! survivor with `Started` and [`STARTED_RESUMED`]; such a stream begins with *no* credit either way, so
 //! a host grants `Window` if it wants the output, and the agent grants `StdinWindow` for the room it has.
 //!
+//! **Rejoining.** A host that takes over another's connection sends `Rejoin`, a whole frame after whole frames. What the
+//! agent had sent before stands before its answer, which is that of a new connection: `Hello`, and `Started` with
+//! [`STARTED_RESUMED`] per survivor, without credit. Nothing is lost and nothing comes twice.
+//!
 //! **Freezing.** `Freeze` is answered by no frame: once all it has to say is sent, the agent writes
 //! [`GATE_FREEZE`] to [`GATE_REGISTER`], and every clone of the guest begins behind that instruction. It then
 //! reads the register, takes as many bytes of frames from the mailbox, before any from its connection, and
@@ -59,7 +63,7 @@ pub use wire::to_host::{ErrorCode, ExecFailed, Exited, Hello, Outcome, Stage, To
 pub use wire::{Header, Kind, WireError};
 
 /// Version of everything in this crate; the first two payload bytes of `Hello`, for ever.
-pub const VERSION: u16 = 3;
+pub const VERSION: u16 = 4;
 /// Bytes of a frame's header.
 pub const HEADER_BYTES: usize = 12;
 /// Most payload bytes one frame may carry.

@@ -163,6 +163,34 @@ fn commands_outlive_a_connection_and_their_output_and_exit_wait_for_the_next() {
 }
 
 #[test]
+fn a_host_that_rejoins_on_the_same_connection_misses_nothing_and_gets_nothing_twice() {
+    let mut agent = Agent::start();
+    // More than its window: it waits in the middle of its output.
+    let count = ["sh", "-c", "seq 1 100000; exit 3"];
+    agent.line.exec(1, &ExecRequest { argv: &count, ..ExecRequest::default() });
+    agent.line.exec(2, &ExecRequest { flags: EXEC_STDIN, argv: &["cat"], ..ExecRequest::default() });
+    let (mut text, mut hello, mut resumed) = (Vec::new(), false, Vec::new());
+    agent.line.send(0, &ToGuest::Rejoin);
+    let exited = loop {
+        let frame = agent.line.next().unwrap();
+        match frame.message() {
+            ToHost::Hello(_) => hello = true,
+            ToHost::Started { resumed: true, .. } => {
+                assert!(hello);
+                resumed.push(frame.stream);
+                agent.line.grant(frame.stream, 1_000_000);
+            }
+            ToHost::Stdout(bytes) => text.extend_from_slice(bytes),
+            ToHost::Exited(exited) => break exited,
+            _ => {}
+        }
+    };
+    assert_eq!((exited.shell_code(), resumed), (3, vec![1, 2]));
+    let expected: String = (1..=100_000).map(|n| format!("{n}\n")).collect();
+    assert!(text == expected.as_bytes(), "{} bytes of {}", text.len(), expected.len());
+}
+
+#[test]
 fn an_exit_while_nobody_is_there_is_told_later() {
     let mut agent = Agent::start_listening("later");
     agent.line.exec(4, &ExecRequest { argv: &["sh", "-c", "sleep 0.2; exit 12"], ..ExecRequest::default() });

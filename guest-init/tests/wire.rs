@@ -37,7 +37,7 @@ fn a_command_of_the_agents_own_program_is_a_flag_of_this_version() {
     let request = ExecRequest { flags: EXEC_SELF, argv: &TOOL_ARGV, ..ExecRequest::default() };
     let mut buffer = [0; 256];
     let len = request.encode(1, &mut buffer).unwrap();
-    assert_eq!((VERSION, buffer[1]), (3, 0x20));
+    assert_eq!((VERSION, buffer[1]), (4, 0x20));
     let ToGuest::Exec(exec) = ToGuest::parse(&one_frame(&buffer[..len])).unwrap() else { panic!("no Exec") };
     assert_eq!((exec.flags, exec.argv.count()), (EXEC_SELF, 2));
     buffer[1] = 0x40;
@@ -72,7 +72,7 @@ fn the_bytes_to_the_guest_are_these() {
         machine_id: [0x4d; 16],
         boot_id: [0xb0; 16],
     };
-    let cases: [(ToGuest<'_>, &str); 10] = [
+    let cases: [(ToGuest<'_>, &str); 11] = [
         (ToGuest::Stdin(b"hi"), "0200000007000000020000006869"),
         (ToGuest::StdinEof, "030000000700000000000000"),
         (ToGuest::Signal { signo: 15 }, "0400000007000000040000000f000000"),
@@ -91,6 +91,7 @@ fn the_bytes_to_the_guest_are_these() {
         ),
         (ToGuest::Close, "0a0000000700000000000000"),
         (ToGuest::Freeze, "0b0000000700000000000000"),
+        (ToGuest::Rejoin, "0c0000000700000000000000"),
     ];
     for (message, bytes) in cases {
         assert_eq!(hex(&to_guest(7, &message)), bytes, "{message:?}");
@@ -135,7 +136,7 @@ fn the_bytes_to_the_host_are_these() {
 #[test]
 fn numbers_of_kinds_stages_and_errors_never_move() {
     let kinds: Vec<u8> = Kind::ALL.iter().map(|&kind| kind as u8).collect();
-    assert_eq!(kinds, (1..=11).chain(0x81..=0x8a).collect::<Vec<u8>>());
+    assert_eq!(kinds, (1..=12).chain(0x81..=0x8a).collect::<Vec<u8>>());
     assert_eq!(
         Stage::ALL.iter().map(|&stage| stage as u8).collect::<Vec<u8>>(),
         (1..=9).collect::<Vec<u8>>()

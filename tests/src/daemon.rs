@@ -168,6 +168,9 @@ fn empty() -> tempfile::TempDir {
 
 impl Drop for Daemon {
     fn drop(&mut self) {
+        if matches!(self.child.try_wait(), Ok(Some(_))) {
+            return;
+        }
         // SIGTERM: it ends its sandboxes, and the workers with them.
         let _ = Command::new("kill").arg(self.pid().to_string()).status();
         let _ = self.child.wait();

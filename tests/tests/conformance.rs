@@ -43,11 +43,11 @@ fn every_error_of_the_document_can_be_provoked_and_keys_and_tenants_are_kept_apa
 }
 
 #[test]
-fn a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what_slept() {
-    if !kvm_or_skip("a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what_slept") {
+fn without_patience_a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what_slept() {
+    if !kvm_or_skip("without_patience_a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what_slept") {
         return;
     }
-    let daemon = Daemon::start(CONFIG);
+    let daemon = Daemon::start(&format!("{CONFIG}[limits]\norphan_s = 0\n"));
     let said = run(&daemon, "crash.mjs", &["before"]);
     // Two daemons must not serve one state directory.
     let mut second = Command::new(peregrine());
@@ -79,6 +79,23 @@ fn drop_and_verify(daemon: Daemon, log: &std::path::Path) {
 }
 
 #[test]
+fn a_killed_daemons_sandboxes_run_on_and_what_was_followed_goes_on_with_the_next_one() {
+    if !kvm_or_skip("a_killed_daemons_sandboxes_run_on_and_what_was_followed_goes_on_with_the_next_one") {
+        return;
+    }
+    let daemon = Daemon::start(&format!("on_stop = \"keep\"\n{CONFIG}[limits]\norphan_s = 120\n"));
+    run(&daemon, "adopt.mjs", &["before"]);
+    let daemon = Daemon::start_in(daemon.crash(), &["--dev"]);
+    run(&daemon, "adopt.mjs", &["after"]);
+    let daemon = Daemon::start_in(daemon.end(), &["--dev"]);
+    run(&daemon, "adopt.mjs", &["later"]);
+    let left: Vec<_> = std::fs::read_dir(daemon.state().join("workers")).unwrap().flatten().collect();
+    assert!(left.is_empty(), "{left:?}");
+    let log = daemon.state().join("audit/dev");
+    drop_and_verify(daemon, &log);
+}
+
+#[test]
 fn the_status_page_shows_in_a_browser_what_goes_on() {
     if !kvm_or_skip("the_status_page_shows_in_a_browser_what_goes_on") {
         return;
@@ -87,6 +104,29 @@ fn the_status_page_shows_in_a_browser_what_goes_on() {
     let pool = "[[pools]]\nimage = \"default\"\nmem_mib = 128\nmin = 1\nmax = 2\n";
     let daemon = Daemon::start(&format!("{CONFIG}{pool}"));
     run(&daemon, "page.mjs", &[]);
+}
+
+#[test]
+fn killed_in_the_middle_of_a_verb_a_daemon_leaves_the_old_state_or_the_new_one() {
+    if !kvm_or_skip("killed_in_the_middle_of_a_verb_a_daemon_leaves_the_old_state_or_the_new_one") {
+        return;
+    }
+    let mut daemon = Daemon::start(&format!("{CONFIG}[limits]\norphan_s = 120\n"));
+    for verb in ["create", "fork", "snapshot", "hibernate", "resume", "destroy"] {
+        // Before it is done, while it is, and about when it is acknowledged.
+        for ms in ["1", "4", "9", "16"] {
+            run(&daemon, "kill.mjs", &["kill", verb, ms]);
+            daemon = Daemon::start_in(daemon.crash(), &["--dev"]);
+            run(&daemon, "kill.mjs", &["check"]);
+        }
+    }
+    for dir in ["workers", "hibernated", "snapshots", "streams"] {
+        let left = std::fs::read_dir(daemon.state().join(dir));
+        let left: Vec<_> = left.into_iter().flatten().flatten().collect();
+        assert!(left.is_empty(), "{dir}: {left:?}");
+    }
+    let log = daemon.state().join("audit/dev");
+    drop_and_verify(daemon, &log);
 }
 
 #[test]

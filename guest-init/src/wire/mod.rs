@@ -50,6 +50,8 @@ kinds! {
     Close = 0x0a,
     /// Stop at the gate, to be cloned.
     Freeze = 0x0b,
+    /// Another host reads this connection now, and does not know what the one before it was told.
+    Rejoin = 0x0c,
     /// First frame of a connection.
     Hello = 0x81,
     /// A command runs.

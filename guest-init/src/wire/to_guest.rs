@@ -51,6 +51,8 @@ pub enum ToGuest<'a> {
     Close,
     /// Stop at the gate.
     Freeze,
+    /// Begin again, as on a new connection.
+    Rejoin,
 }
 
 /// A command to start, as it lies in its frame.
@@ -205,6 +207,7 @@ impl<'a> ToGuest<'a> {
             Kind::Adopt => ToGuest::Adopt(Adopt::parse(&mut reader)?),
             Kind::Close => ToGuest::Close,
             Kind::Freeze => ToGuest::Freeze,
+            Kind::Rejoin => ToGuest::Rejoin,
             _ => return Err(WireError::WrongDirection { kind }),
         };
         reader.finish()?;
@@ -226,6 +229,7 @@ impl<'a> ToGuest<'a> {
             ToGuest::Adopt(_) => Kind::Adopt,
             ToGuest::Close => Kind::Close,
             ToGuest::Freeze => Kind::Freeze,
+            ToGuest::Rejoin => Kind::Rejoin,
         }
     }
 
@@ -248,7 +252,7 @@ impl<'a> ToGuest<'a> {
             ToGuest::Window { bytes } => writer.u32(*bytes)?,
             ToGuest::Ping { nonce } => writer.u64(*nonce)?,
             ToGuest::Adopt(adopt) => adopt.write(&mut writer)?,
-            ToGuest::StdinEof | ToGuest::Shutdown | ToGuest::Close | ToGuest::Freeze => {}
+            ToGuest::StdinEof | ToGuest::Shutdown | ToGuest::Close | ToGuest::Freeze | ToGuest::Rejoin => {}
         }
         writer.finish(self.kind(), flags, stream)
     }

@@ -14,6 +14,8 @@ use guest_init::{
     ToHost,
 };
 
+/// PID 1 ignores no signal; whoever runs the tests in the background of a script makes them ignore some.
+const DEFAULT_SIGNALS: [&str; 2] = ["env", "--default-signal=HUP,INT,QUIT"];
 /// Only so that a hung agent fails a test instead of hanging it.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -212,7 +214,7 @@ impl Agent {
     }
 
     pub fn start_program(program: &Path) -> Agent {
-        Agent::start_command(&mut Command::new(program))
+        Agent::start_command(Command::new(DEFAULT_SIGNALS[0]).args(&DEFAULT_SIGNALS[1..]).arg(program))
     }
 
     /// One whose program and arguments come last on a given command line.

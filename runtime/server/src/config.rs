@@ -28,8 +28,21 @@ pub struct Config {
     pub image_aliases: BTreeMap<String, String>,
     /// Named network policies.
     pub network_profiles: Vec<NetworkProfile>,
+    /// What becomes of running sandboxes at SIGTERM and SIGINT.
+    pub on_stop: OnStop,
     /// Templates that are kept ready from the start. What was set while a daemon ran wins over them.
     pub pools: Vec<PoolSpec>,
+}
+
+/// What becomes of running sandboxes when the daemon is stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnStop {
+    /// They end.
+    #[default]
+    Destroy,
+    /// They run on for the next daemon, as when this one is killed.
+    Keep,
 }
 
 /// A sandbox when the request does not say.
@@ -82,6 +95,8 @@ pub struct Limits {
     pub watchdog_s: u64,
     /// Memory of the prewarm pool.
     pub pool_mib: u64,
+    /// Seconds that a running sandbox waits for the next daemon when this one was killed; 0 ends it with the daemon.
+    pub orphan_s: u64,
 }
 
 /// Money, in cents.
@@ -158,6 +173,7 @@ impl Default for Config {
             prices: Prices::default(),
             image_aliases: BTreeMap::new(),
             network_profiles: vec![none],
+            on_stop: OnStop::default(),
             pools: Vec::new(),
         }
     }
@@ -193,6 +209,7 @@ impl Default for Limits {
             idle_s: 300,
             watchdog_s: 30,
             pool_mib: 1024,
+            orphan_s: 600,
         }
     }
 }

@@ -39,6 +39,31 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
     }
 }
 
+/// Nice value of the daemon's threads: guests compute, requests shall not wait for them.
+const NICE: i32 = -10;
+
+/// Gives this thread, and those that it makes, priority over guests. Without the right to, all are equal.
+pub fn come_first() {
+    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+        tracing::info!(%error, "requests have no priority over guests");
+    }
+}
+
+/// As [`blocking`], for what nobody's request waits for: requests come first.
+///
+/// # Panics
+/// If `work` does.
+pub async fn in_the_background<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    blocking(move || {
+        let before = rustix::process::getpriority_process(None).unwrap_or(0);
+        let _ = rustix::process::setpriority_process(None, 0);
+        let value = work();
+        let _ = rustix::process::setpriority_process(None, before);
+        value
+    })
+    .await
+}
+
 /// As [`blocking`], and nobody waits.
 pub fn blocking_detached(work: impl FnOnce() + Send + 'static) {
     drop(tokio::task::spawn_blocking(work));

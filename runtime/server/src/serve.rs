@@ -65,6 +65,8 @@ pub struct Start {
 /// # Errors
 /// Why it did not start, or broke off.
 pub fn run(start: Start, ready: impl FnOnce(SocketAddr, Option<&str>)) -> Result<(), ServeError> {
+    // Before there are other threads.
+    executor::come_first();
     executor::run(serve(start, ready)).map_err(failed("cannot start the runtime (io_uring)"))?
 }
 

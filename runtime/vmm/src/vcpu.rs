@@ -14,7 +14,7 @@ use crate::event_loop::Bus;
 use crate::memory::GuestMemory;
 use crate::profile;
 use crate::sys::{kick, kvm as raw};
-use crate::vcpu_state::VcpuSnapshot;
+use crate::vcpu_state::{VcpuSnapshot, arm_timer};
 use crate::vm::{Shared, StopReason};
 use guest_init::{GATE_FREEZE, GATE_TAKEN};
 use kvm_bindings::{CpuId, KVM_INTERNAL_ERROR_EMULATION, Msrs, kvm_fpu, kvm_lapic_state, kvm_msr_entry};
@@ -145,6 +145,8 @@ pub(crate) struct Vcpu {
     pub(crate) host: Arc<HostCpu>,
     /// The MSRs to save.
     pub(crate) msrs: Arc<[u32]>,
+    /// What is left of its timer, which stands still until the guest has read its mailbox.
+    pub(crate) held_timer: Option<u64>,
 }
 
 impl Vcpu {
@@ -173,6 +175,9 @@ impl Vcpu {
                 Next::Stop(reason) => self.shared.stop(reason),
             }
             if self.shared.closed() {
+                if !self.shared.approaches() {
+                    self.release_timer();
+                }
                 self.settle();
                 self.pause();
             }
@@ -186,6 +191,14 @@ impl Vcpu {
         // The guest's watchdogs must not take the pause for a hang. It fails only for guests without
         // kvm-clock.
         let _ = self.fd.kvmclock_ctrl();
+    }
+
+    fn release_timer(&mut self) {
+        if let Some(ticks) = self.held_timer.take()
+            && let Err(e) = arm_timer(&self.fd, ticks)
+        {
+            self.shared.stop(StopReason::Host(format!("the timer: {e}")));
+        }
     }
 
     /// Completes the instruction that the last exit left half done: KVM finishes it on entry, and then
@@ -237,7 +250,10 @@ impl Vcpu {
             Ok(VcpuExit::MmioWrite(layout::GATE_REGISTER, data)) => {
                 match data.try_into().map(u32::from_le_bytes) {
                     Ok(GATE_FREEZE) => self.shared.freeze(),
-                    Ok(GATE_TAKEN) => self.shared.note_taken(),
+                    Ok(GATE_TAKEN) => {
+                        self.shared.note_taken();
+                        self.release_timer();
+                    }
                     _ => {}
                 }
                 Next::Run

@@ -76,10 +76,15 @@ impl VcpuSnapshot {
     /// 2. XCRS before XSAVE: XCR0 says which components the image may have.
     /// 3. LAPIC before MSRs: TSC_DEADLINE is dropped unless the timer is in that mode.
     /// 4. MSRs: all of them, or it is an error; the timer's deadline last, moved by as much as the TSC is
-    ///    off.
+    ///    off, and only if `timer` says so: else what is left of it is returned, for [`arm_timer`].
     /// 5. REGS before VCPU_EVENTS: setting registers clears a pending exception.
     /// 6. MP_STATE last but one: a halted vCPU with all else in place.
-    pub(crate) fn restore(&self, fd: &VcpuFd, area: &mut XsaveArea) -> Result<(), VmmError> {
+    pub(crate) fn restore(
+        &self,
+        fd: &VcpuFd,
+        area: &mut XsaveArea,
+        timer: Timer,
+    ) -> Result<Option<u64>, VmmError> {
         fd.set_sregs(&self.sregs).map_err(VmmError::kvm("SET_SREGS"))?;
         fd.set_xcrs(&self.xcrs).map_err(VmmError::kvm("SET_XCRS"))?;
         let bytes = area.bytes_mut();
@@ -93,28 +98,45 @@ impl VcpuSnapshot {
         bytes.copy_from_slice(&self.xsave);
         area.write(fd).map_err(|source| VmmError::Os { what: "KVM_SET_XSAVE", source })?;
         fd.set_lapic(&self.lapic).map_err(VmmError::kvm("SET_LAPIC"))?;
-        self.restore_msrs(fd)?;
+        let left = self.restore_msrs(fd)?;
+        let held = match (timer, left) {
+            (Timer::Runs, Some(ticks)) => arm_timer(fd, ticks).map(|()| None)?,
+            (_, left) => left,
+        };
         fd.set_regs(&self.regs).map_err(VmmError::kvm("SET_REGS"))?;
         fd.set_vcpu_events(&self.events).map_err(VmmError::kvm("SET_VCPU_EVENTS"))?;
         fd.set_mp_state(self.mp_state).map_err(VmmError::kvm("SET_MP_STATE"))?;
-        fd.set_debug_regs(&self.debugregs).map_err(VmmError::kvm("SET_DEBUGREGS"))
+        fd.set_debug_regs(&self.debugregs).map_err(VmmError::kvm("SET_DEBUGREGS"))?;
+        Ok(held)
     }
 }
 
 impl VcpuSnapshot {
-    /// Software KVM cannot offset the TSC: it takes the write and goes on with the host's. A deadline in the
-    /// past would be an interrupt at once in every clone, one in the future a timer that never fires.
-    fn restore_msrs(&self, fd: &VcpuFd) -> Result<(), VmmError> {
+    /// All but the timer's deadline, which is disarmed: its rest in TSC ticks is returned.
+    fn restore_msrs(&self, fd: &VcpuFd) -> Result<Option<u64>, VmmError> {
         let saved = |wanted| self.msrs.iter().find(|(index, _)| *index == wanted).map(|(_, data)| *data);
         let others: Vec<_> = self.msrs.iter().copied().filter(|(index, _)| *index != TSC_DEADLINE).collect();
         write_msrs(fd, &others)?;
-        let (Some(tsc), Some(deadline)) = (saved(TSC), saved(TSC_DEADLINE).filter(|deadline| *deadline != 0))
-        else {
-            return Ok(());
-        };
-        let now = read_msrs(fd, &[TSC])?.first().map_or(tsc, |(_, data)| *data);
-        write_msrs(fd, &[(TSC_DEADLINE, deadline.wrapping_add(now.wrapping_sub(tsc)))])
+        let armed = saved(TSC).zip(saved(TSC_DEADLINE).filter(|deadline| *deadline != 0));
+        Ok(armed.map(|(tsc, deadline)| deadline.saturating_sub(tsc)))
     }
+}
+
+/// Whether a restored vCPU's timer runs at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Timer {
+    Runs,
+    /// It stands still with its guest: one that is parked for a second would else begin with the tick that
+    /// was due in the meantime, where KVM emulates ring 0 20 ms of it.
+    Held,
+}
+
+/// Lets the timer fire `ticks` from now. Software KVM cannot offset the TSC, it takes the write and goes on with the
+/// host's: the saved deadline would be an interrupt at once in every clone, or a timer that never fires.
+pub(crate) fn arm_timer(fd: &VcpuFd, ticks: u64) -> Result<(), VmmError> {
+    let now = read_msrs(fd, &[TSC])?.first().map_or(0, |(_, data)| *data);
+    // 0 would disarm it.
+    write_msrs(fd, &[(TSC_DEADLINE, now.wrapping_add(ticks).max(1))])
 }
 
 /// The MSRs worth saving: those of KVM's list that a vCPU here lets read, and takes back. Found out on

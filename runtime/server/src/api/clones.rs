@@ -1,6 +1,7 @@
 //! Snapshots, restore, fork, hibernate, resume.
 
 use super::error::ApiError;
+use super::once::made_with;
 use super::types::{Deleted, ForkBody, Forks, RestoreBody, Run, SnapshotMade, Snapshots};
 use super::{Answer, Asked, json, json_with};
 use crate::executor;
@@ -47,14 +48,19 @@ pub(crate) async fn fork(asked: Asked, id: &str) -> Answer {
     let (caller, body, bytes) = asked.json_and_bytes::<ForkBody>().await?;
     let count = body.count.unwrap_or(1);
     let region = caller.app.service.config.region.clone();
-    let path = format!("fork {}", sandbox.id);
+    let with = made_with(key, &format!("fork {}", sandbox.id), &bytes);
+    let forks = |forks: &[Rc<Sandbox>], region: &str| {
+        let forks = forks.iter().map(|fork| Run::of(fork, region)).collect();
+        json_with(StatusCode::CREATED, &Forks { forks })
+    };
+    let again = |made: &[Rc<Sandbox>]| forks(made, &app.service.config.region);
+    let with_it = with.clone();
     let forking = async move {
         let service = Rc::clone(&caller.app.service);
-        let forks = to_the_end(async move { service.fork(&sandbox, count).await }).await?;
-        let forks = forks.iter().map(|fork: &Rc<Sandbox>| Run::of(fork, &region)).collect();
-        Ok(json_with(StatusCode::CREATED, &Forks { forks }))
+        let made = to_the_end(async move { service.fork(&sandbox, count, with_it).await }).await?;
+        Ok(forks(&made, &region))
     };
-    app.once(&tenant, key, &path, &bytes, forking).await
+    app.once(&tenant, with, again, forking).await
 }
 
 pub(crate) async fn hibernate(asked: Asked, id: &str) -> Answer {

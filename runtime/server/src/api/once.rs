@@ -3,6 +3,8 @@
 use super::body::Body;
 use super::error::{ApiError, Code};
 use super::{Answer, App};
+use crate::registry::MadeWith;
+use crate::service::Sandbox;
 use bytes::Bytes;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use hyper::{Response, StatusCode};
@@ -22,7 +24,7 @@ type Key = (Rc<str>, String);
 
 #[derive(Debug)]
 struct Entry {
-    request: [u8; 32],
+    request: String,
     answer: Rc<OnceCell<(StatusCode, Bytes)>>,
 }
 
@@ -33,27 +35,36 @@ pub(crate) struct Given {
     order: VecDeque<Key>,
 }
 
+/// The request of a key, if it has one.
+pub(crate) fn made_with(key: Option<String>, path: &str, body: &[u8]) -> Option<MadeWith> {
+    let mut digest = Sha256::new();
+    digest.update(path.as_bytes());
+    digest.update([0]);
+    digest.update(body);
+    Some(MadeWith { key: key?, request: hex::encode(digest.finalize()) })
+}
+
 impl App {
     /// Does the request, or gives the answer that it was given before under the same key. Failures are not
-    /// remembered: the next one tries again. Two at a time: the second waits for the first.
+    /// remembered: the next one tries again. Two at a time: the second waits for the first. What an earlier daemon
+    /// made with the key is not made again: `again` answers with it.
     pub(crate) async fn once(
         &self,
         tenant: &Rc<str>,
-        key: Option<String>,
-        path: &str,
-        body: &[u8],
+        made_with: Option<MadeWith>,
+        again: impl FnOnce(&[Rc<Sandbox>]) -> Response<Body>,
         work: impl Future<Output = Answer>,
     ) -> Answer {
-        let Some(key) = key else { return work.await };
-        let mut digest = Sha256::new();
-        digest.update(path.as_bytes());
-        digest.update([0]);
-        digest.update(body);
-        let request: [u8; 32] = digest.finalize().into();
-        let cell = place(&self.given, (Rc::clone(tenant), key), request)?;
+        let Some(MadeWith { key, request }) = made_with else { return work.await };
+        let made = self.service.made_with(tenant, &key);
+        let cell = place(&self.given, (Rc::clone(tenant), key), &request)?;
         let answer = cell
             .get_or_try_init(|| async {
-                let response = work.await?;
+                if made.iter().any(|(_, with)| with.request != request) {
+                    return Err(crate::service::ServiceError::KeyReused.into());
+                }
+                let made: Vec<_> = made.into_iter().map(|(sandbox, _)| sandbox).collect();
+                let response = if made.is_empty() { work.await? } else { again(&made) };
                 let status = response.status();
                 match response.into_body() {
                     Body::Whole(bytes) => Ok((status, bytes.unwrap_or_default())),
@@ -72,7 +83,7 @@ impl App {
 fn place(
     given: &RefCell<Given>,
     key: Key,
-    request: [u8; 32],
+    request: &str,
 ) -> Result<Rc<OnceCell<(StatusCode, Bytes)>>, ApiError> {
     let mut given = given.borrow_mut();
     if let Some(entry) = given.entries.get(&key) {
@@ -88,6 +99,6 @@ fn place(
     }
     let answer = Rc::new(OnceCell::new());
     given.order.push_back(key.clone());
-    given.entries.insert(key, Entry { request, answer: Rc::clone(&answer) });
+    given.entries.insert(key, Entry { request: request.to_owned(), answer: Rc::clone(&answer) });
     Ok(answer)
 }

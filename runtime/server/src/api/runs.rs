@@ -2,7 +2,7 @@
 
 use super::body::Body;
 use super::error::ApiError;
-use super::once::KEY_MAX_BYTES;
+use super::once::{KEY_MAX_BYTES, made_with};
 use super::types::{
     CommandLine, CreateBody, DestroyedRun, ExecAnswer, ExecBody, History, IdleAction, Number, PatchBody, Run,
     Runs, UsageAnswer, time,
@@ -70,7 +70,9 @@ pub(crate) async fn create(asked: Asked) -> Answer {
         env: body.env.unwrap_or_default().into_iter().collect(),
         sleeps_when_idle: body.idle_action == Some(IdleAction::Hibernate),
         network_profile: body.network_profile,
+        made_with: made_with(key, "create", &bytes),
     };
+    let with = request.made_with.clone();
     let (service, tenant) = (Rc::clone(&caller.app.service), caller.tenant);
     let region = service.config.region.clone();
     let making = whole(async move {
@@ -83,7 +85,11 @@ pub(crate) async fn create(asked: Asked) -> Answer {
         app.metrics.borrow_mut().created(sandbox.create.get());
         Ok(json_with(StatusCode::CREATED, &Run::of(&sandbox, &region)))
     };
-    app.once(&asker, key, "create", &bytes, making).await
+    let region = app.service.config.region.clone();
+    let again = |made: &[Rc<Sandbox>]| {
+        made.first().map_or_else(|| json(&()), |made| json_with(StatusCode::CREATED, &Run::of(made, &region)))
+    };
+    app.once(&asker, with, again, making).await
 }
 
 /// Does what must not stop half-way when the client goes; what it made for a client that has gone is ended.

@@ -1,14 +1,21 @@
 //! The task that owns the connection.
+//!
+//! What it reads stays in the socket until it is dealt with: the next owner of the connection, should this one be killed,
+//! finds whole frames, and of each either the frame or what came of it. What it writes is whole frames, each in one call of
+//! a size that the kernel takes whole or not at all (up to about 48 KiB; only a longer Exec frame may be torn by
+//! a kill, and costs that sandbox).
 
 use super::process::{Credit, Event};
-use super::{Message, Order, Shared};
+use super::{Message, Order, Shared, Tape};
 use bytes::Bytes;
 use guest_init::{
-    Decoder, ErrorCode, FRAME_MAX_BYTES, INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES, ToGuest, ToHost, WireError,
+    Decoder, ErrorCode, FRAME_MAX_BYTES, HEADER_BYTES, INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES, ToGuest,
+    ToHost, WireError,
 };
 use peregrine_vmm::agent::{Command, failed_text};
 use peregrine_vmm::snapshot::AgentState;
-use std::collections::HashMap;
+use rustix::net::RecvFlags;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::rc::Rc;
 use tokio::io::Interest;
@@ -24,11 +31,25 @@ pub(super) struct Entry {
     credit: Rc<Credit>,
     /// Bytes of output that the guest may still send.
     window_bytes: usize,
+    /// Where its output is kept for the connection's next owner.
+    tape: Option<Rc<Tape>>,
+    /// It was begun by an earlier owner, and the guest has not said that it still runs.
+    in_doubt: bool,
 }
 
 impl Entry {
     pub(super) fn new(events: mpsc::UnboundedSender<Event>, credit: Rc<Credit>) -> Self {
-        Self { events, credit, window_bytes: INITIAL_WINDOW_BYTES as usize }
+        let window_bytes = INITIAL_WINDOW_BYTES as usize;
+        Self { events, credit, window_bytes, tape: None, in_doubt: false }
+    }
+
+    pub(super) fn on_tape(self, tape: Option<Rc<Tape>>) -> Self {
+        Self { tape, ..self }
+    }
+
+    /// A command of an earlier owner.
+    pub(super) fn taken_over(self, tape: Rc<Tape>) -> Self {
+        Self { tape: Some(tape), in_doubt: true, ..self }
     }
 
     fn end(&self) {
@@ -47,37 +68,73 @@ pub(super) fn exec_frame(stream: u32, command: &Command, flags: u8) -> Result<Ve
 
 type Pause = (oneshot::Sender<AgentState>, oneshot::Receiver<()>);
 
+/// A connection, and how far it has been read.
+pub(super) struct Position {
+    pub(super) socket: std::os::unix::net::UnixStream,
+    /// Bytes read, modulo 2^32.
+    pub(super) bytes: u32,
+    /// Less than a frame, before the next byte.
+    pub(super) unread: Vec<u8>,
+}
+
+/// What a frame from the guest calls for.
+enum Reply {
+    /// A command of an earlier owner goes on.
+    Grant(u32),
+    /// A command that nobody knows ends.
+    Kill(u32),
+    /// The guest has said who it is: then what it says of its commands is complete with its answer to this.
+    Ping,
+    /// That answer.
+    Settle,
+}
+
 pub(super) struct Line {
     socket: UnixStream,
     decoder: Decoder<Vec<u8>>,
-    /// Whole frames, of which the first `sent` bytes are out.
-    outbox: Vec<u8>,
-    sent: usize,
+    /// Less than a frame, which comes before what is in the socket.
+    unread: Vec<u8>,
+    /// Bytes taken from the socket, modulo 2^32.
+    position: u32,
+    /// Bytes at the front of the socket that were looked at and are less than a frame.
+    seen: usize,
+    outbox: Outbox,
     commands: HashMap<u32, Entry>,
     shared: Rc<Shared>,
     pause: Option<Pause>,
 }
 
+/// Whole frames.
+#[derive(Default)]
+struct Outbox {
+    bytes: Vec<u8>,
+    /// Where they end, of those that are not out; the first `sent` bytes are.
+    ends: VecDeque<usize>,
+    sent: usize,
+}
+
 impl Line {
-    pub(super) fn new(
-        socket: std::os::unix::net::UnixStream,
-        state: &AgentState,
-        shared: Rc<Shared>,
-    ) -> io::Result<Self> {
-        socket.set_nonblocking(true)?;
+    pub(super) fn new(at: Position, shared: Rc<Shared>) -> io::Result<Self> {
+        at.socket.set_nonblocking(true)?;
         let buffer = vec![0; 2 * FRAME_MAX_BYTES];
-        let mut decoder = Decoder::new(buffer).map_err(io::Error::other)?;
-        // Less than a frame.
-        decoder.push(&state.unread);
         Ok(Self {
-            socket: UnixStream::from_std(socket)?,
-            decoder,
-            outbox: Vec::new(),
-            sent: 0,
+            socket: UnixStream::from_std(at.socket)?,
+            decoder: Decoder::new(buffer).map_err(io::Error::other)?,
+            unread: at.unread,
+            position: at.bytes,
+            seen: 0,
+            outbox: Outbox::default(),
             commands: HashMap::new(),
             shared,
             pause: None,
         })
+    }
+
+    /// Takes over from an owner that was killed; the commands in `entries` go on.
+    pub(super) fn rejoin(mut self, entries: HashMap<u32, Entry>) -> io::Result<Self> {
+        self.commands = entries;
+        self.put(0, &ToGuest::Rejoin)?;
+        Ok(self)
     }
 
     /// Serves until the guest ends or nobody is left who could ask for anything.
@@ -96,14 +153,11 @@ impl Line {
 
     async fn converse(&mut self, orders: &mut mpsc::UnboundedReceiver<Order>) -> io::Result<()> {
         loop {
-            if self.pause.is_some() && self.sent == self.outbox.len() && self.shared.adopted.get() {
+            let idle = self.outbox.ends.is_empty();
+            if self.pause.is_some() && idle && self.shared.adopted.get() {
                 self.stand_still().await;
             }
-            let interest = if self.sent < self.outbox.len() {
-                Interest::READABLE | Interest::WRITABLE
-            } else {
-                Interest::READABLE
-            };
+            let interest = if idle { Interest::READABLE } else { Interest::READABLE | Interest::WRITABLE };
             tokio::select! {
                 // While a pause is due, orders wait.
                 order = orders.recv(), if self.pause.is_none() => {
@@ -121,7 +175,7 @@ impl Line {
                         self.send()?;
                     }
                     if ready.is_readable() || ready.is_read_closed() {
-                        self.receive()?;
+                        self.receive(ready.is_read_closed())?;
                     }
                 }
             }
@@ -133,7 +187,8 @@ impl Line {
         let here = AgentState {
             next_stream: self.shared.next_stream.get(),
             streams: self.commands.keys().copied().collect(),
-            unread: self.decoder.pending().to_vec(),
+            // What is in the socket, the worker sees.
+            unread: self.unread.clone(),
         };
         if state.send(here).is_ok() {
             // Sent or dropped, both mean: go on.
@@ -145,7 +200,8 @@ impl Line {
         match order {
             Order::Exec { frame, stream, entry } => {
                 self.commands.insert(stream, entry);
-                self.outbox.extend_from_slice(&frame);
+                self.outbox.bytes.extend_from_slice(&frame);
+                self.outbox.ends.push_back(self.outbox.bytes.len());
             }
             // One that has ended is no error: nobody could know yet.
             Order::Frame { stream, message } => {
@@ -166,14 +222,18 @@ impl Line {
             Order::Abandon { stream } => {
                 if let Some(entry) = self.commands.remove(&stream) {
                     entry.end();
-                    // In this order: a closed stream takes no signals.
-                    self.put(stream, &ToGuest::Signal { signo: 9 })?;
-                    self.put(stream, &ToGuest::Close)?;
+                    self.kill(stream)?;
                 }
             }
             Order::Pause { state, resume } => self.pause = Some((state, resume)),
         }
         Ok(())
+    }
+
+    fn kill(&mut self, stream: u32) -> io::Result<()> {
+        // In this order: a closed stream takes no signals.
+        self.put(stream, &ToGuest::Signal { signo: 9 })?;
+        self.put(stream, &ToGuest::Close)
     }
 
     fn put(&mut self, stream: u32, message: &ToGuest<'_>) -> io::Result<()> {
@@ -182,54 +242,124 @@ impl Line {
         } else {
             SMALL_FRAME_BYTES
         };
-        let at = self.outbox.len();
-        self.outbox.resize(at + room, 0);
-        let len = message.encode(stream, &mut self.outbox[at..]).map_err(io::Error::other)?;
-        self.outbox.truncate(at + len);
+        let outbox = &mut self.outbox;
+        let at = outbox.bytes.len();
+        outbox.bytes.resize(at + room, 0);
+        let len = message.encode(stream, &mut outbox.bytes[at..]).map_err(io::Error::other)?;
+        outbox.bytes.truncate(at + len);
+        outbox.ends.push_back(at + len);
         Ok(())
     }
 
     fn send(&mut self) -> io::Result<()> {
-        while self.sent < self.outbox.len() {
-            match self.socket.try_write(&self.outbox[self.sent..]) {
-                Ok(len) => self.sent += len,
+        let Outbox { bytes, ends, sent } = &mut self.outbox;
+        while let Some(&end) = ends.front() {
+            match self.socket.try_write(&bytes[*sent..end]) {
+                Ok(len) => *sent += len,
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
                 Err(e) if e.kind() == io::ErrorKind::BrokenPipe => {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
                 Err(e) => return Err(e),
             }
+            if *sent == end {
+                ends.pop_front();
+            }
         }
-        self.outbox.clear();
-        self.sent = 0;
-        if self.outbox.capacity() > 4 * FRAME_MAX_BYTES {
-            self.outbox.shrink_to(FRAME_MAX_BYTES);
+        bytes.clear();
+        *sent = 0;
+        if bytes.capacity() > 4 * FRAME_MAX_BYTES {
+            bytes.shrink_to(FRAME_MAX_BYTES);
         }
         Ok(())
     }
 
-    fn receive(&mut self) -> io::Result<()> {
-        match self.socket.try_read(self.decoder.space()) {
+    /// Looks at what is in the socket, deals with the whole frames, and takes them out.
+    fn receive(&mut self, closed: bool) -> io::Result<()> {
+        self.decoder.reset();
+        self.decoder.push(&self.unread);
+        let (socket, space, seen) = (&self.socket, self.decoder.space(), self.seen);
+        let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
+        let looked = socket.try_io(Interest::READABLE, || {
+            let len = rustix::net::recv(socket, &mut *space, flags)?.0;
+            // Nothing new: only now does the runtime wait for more.
+            if len > 0 && len == seen { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(len) }
+        });
+        let len = match looked {
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(len) => self.decoder.filled(len),
+            Ok(len) => len,
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock && closed && seen > 0 => {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(()),
             Err(e) => return Err(e),
-        }
+        };
+        self.decoder.filled(len);
+        let before = self.unread.len();
+        let mut done = 0;
+        let mut replies = Vec::new();
         let broken = |error: WireError| io::Error::new(io::ErrorKind::InvalidData, error);
         while let Some(frame) = self.decoder.next_frame().map_err(broken)? {
+            done += HEADER_BYTES + frame.payload.len();
+            // At the end of this frame, and it is longer than what was left of it.
+            let position = self.position.wrapping_add((done - before) as u32);
             let (stream, message) = (frame.stream, ToHost::parse(&frame).map_err(broken)?);
-            hear(&mut self.commands, &self.shared, stream, &message)?;
+            replies.extend(hear(&mut self.commands, &self.shared, (stream, position), &message)?);
+        }
+        if done > 0 {
+            self.take(done - before)?;
+            self.unread.clear();
+        }
+        self.seen = before + len - done - self.unread.len();
+        for reply in replies {
+            self.answer(&reply)?;
+        }
+        self.send()
+    }
+
+    /// Takes bytes out of the socket that were looked at.
+    fn take(&mut self, mut len: usize) -> io::Result<()> {
+        self.position = self.position.wrapping_add(len as u32);
+        self.decoder.reset();
+        while len > 0 {
+            let space = self.decoder.space();
+            let most = space.len().min(len);
+            match rustix::net::recv(&self.socket, &mut space[..most], RecvFlags::DONTWAIT) {
+                Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok((taken, _)) => len -= taken,
+                Err(rustix::io::Errno::INTR) => {}
+                Err(e) => return Err(e.into()),
+            }
         }
         Ok(())
+    }
+
+    fn answer(&mut self, reply: &Reply) -> io::Result<()> {
+        match *reply {
+            Reply::Grant(stream) => self.put(stream, &ToGuest::Window { bytes: INITIAL_WINDOW_BYTES }),
+            Reply::Kill(stream) => self.kill(stream),
+            Reply::Ping => self.put(0, &ToGuest::Ping { nonce: 0 }),
+            Reply::Settle => {
+                // The guest has neither told their end nor that they run: they were never asked for.
+                for (_, entry) in self.commands.extract_if(|_, entry| entry.in_doubt) {
+                    let text = "the daemon was replaced before the command began".to_owned();
+                    let _ = entry.events.send(Event::Failed { code: 126, text });
+                    entry.end();
+                }
+                self.shared.adopted.set(true);
+                self.shared.changed.notify_waiters();
+                Ok(())
+            }
+        }
     }
 }
 
 fn hear(
     commands: &mut HashMap<u32, Entry>,
     shared: &Shared,
-    stream: u32,
+    (stream, position): (u32, u32),
     message: &ToHost<'_>,
-) -> io::Result<()> {
+) -> io::Result<Option<Reply>> {
     let broken = |what: &'static str| io::Error::new(io::ErrorKind::InvalidData, what);
     match message {
         ToHost::Adopted { failed: 0 } => {
@@ -243,15 +373,8 @@ fn hear(
         }
         ToHost::Stdout(bytes) | ToHost::Stderr(bytes) => {
             // One that was abandoned may still have had some under way.
-            let Some(entry) = commands.get_mut(&stream) else { return Ok(()) };
-            entry.window_bytes = entry
-                .window_bytes
-                .checked_sub(bytes.len())
-                .ok_or_else(|| broken("more output than its window"))?;
-            let copy = Bytes::copy_from_slice(bytes);
-            let event =
-                if matches!(message, ToHost::Stdout(_)) { Event::Stdout(copy) } else { Event::Stderr(copy) };
-            let _ = entry.events.send(event);
+            let Some(entry) = commands.get_mut(&stream) else { return Ok(None) };
+            entry.output(matches!(message, ToHost::Stdout(_)), bytes, position)?;
         }
         ToHost::StdinWindow { bytes } => {
             if let Some(entry) = commands.get(&stream) {
@@ -259,19 +382,60 @@ fn hear(
                 entry.credit.changed.notify_waiters();
             }
         }
-        ToHost::Exited(exited) => end(commands, stream, Event::Exited(*exited)),
-        ToHost::ExecFailed(failed) => {
-            let event = Event::Failed { code: failed.shell_code(), text: failed_text(failed) };
-            end(commands, stream, event);
+        ToHost::Exited(exited) => {
+            end(commands, stream, Event::Exited(*exited), |tape| tape.exited(exited, position));
         }
+        ToHost::ExecFailed(failed) => {
+            let (code, text) = (failed.shell_code(), failed_text(failed));
+            end(commands, stream, Event::Failed { code, text: text.clone() }, |tape| {
+                tape.failed(code, &text, position);
+            });
+        }
+        ToHost::Started { resumed: true, .. } => return Ok(Some(resumed(commands, stream))),
+        ToHost::Hello(_) => return Ok(Some(Reply::Ping)),
+        ToHost::Pong { .. } => return Ok(Some(Reply::Settle)),
         // A signal to a command that had just ended, for one.
-        ToHost::Error { .. } | ToHost::Started { .. } | ToHost::Pong { .. } | ToHost::Hello(_) => {}
+        ToHost::Error { .. } | ToHost::Started { .. } => {}
     }
-    Ok(())
+    Ok(None)
 }
 
-fn end(commands: &mut HashMap<u32, Entry>, stream: u32, event: Event) {
+/// A command of an earlier owner still runs, and what it has written since has been heard.
+fn resumed(commands: &mut HashMap<u32, Entry>, stream: u32) -> Reply {
+    match commands.get_mut(&stream) {
+        Some(entry) => {
+            entry.in_doubt = false;
+            entry.window_bytes = INITIAL_WINDOW_BYTES as usize;
+            Reply::Grant(stream)
+        }
+        // Its reader went with that owner.
+        None => Reply::Kill(stream),
+    }
+}
+
+impl Entry {
+    fn output(&mut self, stdout: bool, bytes: &[u8], position: u32) -> io::Result<()> {
+        let too_much = || io::Error::new(io::ErrorKind::InvalidData, "more output than its window");
+        self.window_bytes = self.window_bytes.checked_sub(bytes.len()).ok_or_else(too_much)?;
+        // The last owner may have been killed between writing it down and taking it.
+        let known = self.tape.as_ref().is_some_and(|tape| tape.has(position));
+        if bytes.is_empty() || known {
+            return Ok(());
+        }
+        if let Some(tape) = &self.tape {
+            if stdout { tape.stdout(bytes, position) } else { tape.stderr(bytes, position) }
+        }
+        let copy = Bytes::copy_from_slice(bytes);
+        let _ = self.events.send(if stdout { Event::Stdout(copy) } else { Event::Stderr(copy) });
+        Ok(())
+    }
+}
+
+fn end(commands: &mut HashMap<u32, Entry>, stream: u32, event: Event, record: impl FnOnce(&Tape)) {
     if let Some(entry) = commands.remove(&stream) {
+        if let Some(tape) = entry.tape.as_deref().filter(|tape| !tape.is_over()) {
+            record(tape);
+        }
         let _ = entry.events.send(event);
         entry.end();
     }

@@ -13,13 +13,16 @@
 
 mod line;
 mod process;
+mod tape;
 
 pub use process::{Event, Input, Output, Process};
+pub use tape::{Found, Record, Tape};
 
-use line::Line;
+use line::{Line, Position};
 use peregrine_vmm::agent::Command;
 use peregrine_vmm::snapshot::AgentState;
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
 use tokio::sync::{Notify, mpsc, oneshot};
@@ -109,9 +112,37 @@ impl Conversation {
         let shared = Rc::new(Shared::default());
         shared.next_stream.set(state.next_stream);
         let (orders, receiver) = mpsc::unbounded_channel();
-        let line = Line::new(socket, &state, Rc::clone(&shared))?;
+        let line = Line::new(Position { socket, bytes: 0, unread: state.unread }, Rc::clone(&shared))?;
         crate::executor::spawn(line.serve(receiver));
         Ok(Self { orders, shared })
+    }
+
+    /// Takes over the connection of an owner that was killed, `position` bytes of which it had read and `unread` of which
+    /// come first. Its commands that have a tape go on, in the order given; the others end, as they do when their reader goes.
+    ///
+    /// # Errors
+    /// If the socket cannot be used here.
+    pub fn rejoin(
+        socket: std::os::unix::net::UnixStream,
+        (bytes, unread): (u32, Vec<u8>),
+        taped: Vec<(u32, Rc<Tape>)>,
+    ) -> io::Result<(Self, Vec<Process>)> {
+        let shared = Rc::new(Shared::default());
+        // Nobody knows which numbers are in use before the guest has said it. It refuses one that is.
+        let mut random = [0; 4];
+        rustix::rand::getrandom(&mut random, rustix::rand::GetRandomFlags::empty())?;
+        shared.next_stream.set(u32::from_le_bytes(random) | 1 << 31);
+        let (orders, receiver) = mpsc::unbounded_channel();
+        let mut entries = HashMap::new();
+        let mut processes = Vec::with_capacity(taped.len());
+        for (stream, tape) in taped {
+            let (process, entry) = process::taken_over(stream, orders.clone(), Rc::clone(&shared));
+            entries.insert(stream, entry.taken_over(tape));
+            processes.push(process);
+        }
+        let line = Line::new(Position { socket, bytes, unread }, Rc::clone(&shared))?.rejoin(entries)?;
+        crate::executor::spawn(line.serve(receiver));
+        Ok((Self { orders, shared }, processes))
     }
 
     /// Asks for a command. That it could not be started is an event of it.
@@ -119,7 +150,19 @@ impl Conversation {
     /// # Errors
     /// If the sandbox has ended, or the command does not fit a frame.
     pub fn exec(&self, command: &Command) -> Result<Process, ExecError> {
-        self.exec_flags(command, 0)
+        self.exec_flags(command, 0, |_| None)
+    }
+
+    /// As [`Conversation::exec`]; `tape` is told the command's number, and may give a tape for what it writes.
+    ///
+    /// # Errors
+    /// As for [`Conversation::exec`].
+    pub fn exec_on(
+        &self,
+        command: &Command,
+        tape: impl FnOnce(u32) -> Option<Rc<Tape>>,
+    ) -> Result<Process, ExecError> {
+        self.exec_flags(command, 0, tape)
     }
 
     /// As [`Conversation::exec`], of the agent's own program: `verb` and `argument` of
@@ -131,10 +174,15 @@ impl Conversation {
         let [name, tool] = guest_init::TOOL_ARGV;
         let command =
             Command { stdin, ..Command::new(&[name.as_bytes(), tool.as_bytes(), verb.as_bytes(), argument]) };
-        self.exec_flags(&command, guest_init::EXEC_SELF)
+        self.exec_flags(&command, guest_init::EXEC_SELF, |_| None)
     }
 
-    fn exec_flags(&self, command: &Command, flags: u8) -> Result<Process, ExecError> {
+    fn exec_flags(
+        &self,
+        command: &Command,
+        flags: u8,
+        tape: impl FnOnce(u32) -> Option<Rc<Tape>>,
+    ) -> Result<Process, ExecError> {
         if let Some(ended) = self.shared.ended.borrow().clone() {
             return Err(ended.into());
         }
@@ -142,7 +190,7 @@ impl Conversation {
         let frame = line::exec_frame(stream, command, flags)?;
         let (process, entry) = process::new(stream, self.orders.clone(), Rc::clone(&self.shared));
         self.shared.next_stream.set(stream.wrapping_add(1).max(1));
-        let order = Order::Exec { frame, stream, entry };
+        let order = Order::Exec { frame, stream, entry: entry.on_tape(tape(stream)) };
         self.orders.send(order).map_err(|_| ExecError::Ended(self.why()))?;
         Ok(process)
     }

@@ -3,13 +3,16 @@
 use super::line::Entry;
 use super::{Ended, Message, Order, Shared};
 use bytes::Bytes;
-use guest_init::{Exited, INITIAL_WINDOW_BYTES, PAYLOAD_MAX_BYTES};
+use guest_init::{Exited, INITIAL_WINDOW_BYTES};
 use std::cell::Cell;
 use std::rc::Rc;
 use tokio::sync::{Notify, mpsc};
 
 /// Credit is granted in portions: each grant is a packet that wakes the guest.
 const PORTION_BYTES: u32 = INITIAL_WINDOW_BYTES / 4;
+
+/// Standard input in one frame, which the kernel takes whole or not at all.
+const STDIN_BYTES: usize = 32 * 1024;
 
 /// What a command says.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -78,8 +81,26 @@ impl std::fmt::Debug for Input {
 }
 
 pub(super) fn new(stream: u32, orders: mpsc::UnboundedSender<Order>, shared: Rc<Shared>) -> (Process, Entry) {
+    pair(stream, orders, shared, INITIAL_WINDOW_BYTES as usize)
+}
+
+/// A command of an earlier owner: the guest will say how much standard input it takes.
+pub(super) fn taken_over(
+    stream: u32,
+    orders: mpsc::UnboundedSender<Order>,
+    shared: Rc<Shared>,
+) -> (Process, Entry) {
+    pair(stream, orders, shared, 0)
+}
+
+fn pair(
+    stream: u32,
+    orders: mpsc::UnboundedSender<Order>,
+    shared: Rc<Shared>,
+    credit_bytes: usize,
+) -> (Process, Entry) {
     let (sender, events) = mpsc::unbounded_channel();
-    let bytes = Cell::new(INITIAL_WINDOW_BYTES as usize);
+    let bytes = Cell::new(credit_bytes);
     let credit = Rc::new(Credit { bytes, over: Cell::new(false), changed: Notify::new() });
     let input =
         Input { stream, orders: orders.clone(), credit: Rc::clone(&credit), shared: Rc::clone(&shared) };
@@ -158,7 +179,7 @@ impl Input {
                 changed.await;
                 continue;
             }
-            let (now, rest) = bytes.split_at(bytes.len().min(credit).min(PAYLOAD_MAX_BYTES));
+            let (now, rest) = bytes.split_at(bytes.len().min(credit).min(STDIN_BYTES));
             self.credit.bytes.set(credit - now.len());
             self.send(Message::Stdin(now.to_vec()))?;
             bytes = rest;

@@ -321,7 +321,7 @@ impl Owner {
         };
         let (program, begun, patience) = (self.program.clone(), self.shells.remove(&slot), self.patience);
         executor::spawn(async move {
-            let result = executor::blocking(move || {
+            let result = executor::in_the_background(move || {
                 let shell = match begun {
                     Some(shell) => shell,
                     None => Shell::spawn(&program, patience)?,

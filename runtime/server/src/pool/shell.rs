@@ -3,7 +3,7 @@
 use super::Source;
 use crate::executor;
 use peregrine_vmm::agent::Identity;
-use peregrine_vmm::worker::{Going, Parked, Worker, WorkerError};
+use peregrine_vmm::worker::{Going, Parked, Rendezvous, Worker, WorkerError};
 use std::ffi::OsStr;
 use std::path::Path;
 use std::time::Duration;
@@ -80,10 +80,15 @@ impl Shell {
     ///
     /// # Errors
     /// What the worker said; it is gone.
-    pub fn begin(self, source: &Source, identity: &Identity) -> Result<(Going, u32), WorkerError> {
+    pub fn begin(
+        self,
+        source: &Source,
+        identity: &Identity,
+        rendezvous: &Rendezvous,
+    ) -> Result<(Going, u32), WorkerError> {
         let parked = self.into_parked(source)?;
         let pid = parked.pid();
-        Ok((parked.begin(identity)?, pid))
+        Ok((parked.begin_at(identity, Some(rendezvous))?, pid))
     }
 
     /// Ends it; blocks until the process is gone.

@@ -9,7 +9,7 @@
 mod pools;
 mod rows;
 
-pub use rows::{RunRow, SnapshotRow, Totals};
+pub use rows::{MadeWith, RunRow, RunningRow, SnapshotRow, Totals};
 
 use rusqlite::{Connection, OptionalExtension as _, params};
 use std::path::Path;
@@ -91,6 +91,16 @@ impl Registry {
         let record = serde_json::to_string(row)?;
         put.execute(params![row.id, row.tenant, row.status, row.created_us, row.ended_us, record])?;
         Ok(())
+    }
+
+    /// As [`Registry::put_run`], all of them or none.
+    ///
+    /// # Errors
+    /// If they are not in the file.
+    pub fn put_runs(&self, rows: &[RunRow]) -> Result<(), RegistryError> {
+        let all = self.db.unchecked_transaction()?;
+        rows.iter().try_for_each(|row| self.put_run(row))?;
+        Ok(all.commit()?)
     }
 
     /// As [`Registry::put_run`], and a power failure does not lose it.

@@ -51,6 +51,37 @@ pub struct RunRow {
     /// Where it sleeps, if it does.
     #[serde(default)]
     pub sleeps_in: Option<PathBuf>,
+    /// Where the next daemon finds its worker, if it runs.
+    #[serde(default)]
+    pub found_at: Option<String>,
+    /// What a worker that still runs has to be counted from.
+    #[serde(default)]
+    pub running: Option<RunningRow>,
+    /// The request that made it, if it had a key.
+    #[serde(default)]
+    pub made_with: Option<MadeWith>,
+}
+
+/// The request that made a sandbox, for a client that sends it again.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MadeWith {
+    /// Its `Idempotency-Key`.
+    pub key: String,
+    /// SHA-256 of path and body, in hexadecimal.
+    pub request: String,
+}
+
+/// The meter of a sandbox that runs.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct RunningRow {
+    /// When its present worker began, on CLOCK_MONOTONIC.
+    pub since_ns: u64,
+    /// How long it had run before.
+    pub ran_ms: u64,
+    /// CPU time before.
+    pub cpu_ms: u64,
+    /// Peak of memory before.
+    pub mem_peak_bytes: u64,
 }
 
 /// A snapshot.

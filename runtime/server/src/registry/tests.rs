@@ -24,6 +24,9 @@ fn run(id: &str, tenant: &str, ended_us: Option<i64>) -> RunRow {
         mem_peak_bytes: 9,
         cost_cents: 0.25,
         sleeps_in: None,
+        found_at: None,
+        running: None,
+        made_with: None,
     }
 }
 

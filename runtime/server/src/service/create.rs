@@ -1,15 +1,16 @@
 //! create: a clone of a template, from the pool or made now.
 
-use super::sandbox::{Running, Sandbox, Spec, State, Tenant};
+use super::sandbox::{Begun, Running, Sandbox, Spec, State, Tenant};
 use super::templates::{Shape, Template};
 use super::{Service, ServiceError, Usage, ids};
 use crate::conversation::Conversation;
 use crate::executor;
 use crate::images::{self, Image};
 use crate::pool::CheckedOut;
+use crate::registry::MadeWith;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
-use peregrine_vmm::worker::{Going, WorkerError};
+use peregrine_vmm::worker::WorkerError;
 use serde_json::json;
 use std::cell::Cell;
 use std::rc::Rc;
@@ -41,6 +42,8 @@ pub struct CreateRequest {
     pub sleeps_when_idle: bool,
     /// A named network policy.
     pub network_profile: Option<String>,
+    /// The request as its client will know it again.
+    pub made_with: Option<MadeWith>,
 }
 
 /// Counts a sandbox that is being made.
@@ -75,29 +78,33 @@ impl Service {
         let _making = Making::new(&self.making);
         let template = self.templates.get(&spec.shape, &self.pool).await?;
         let id = ids::run_id(self.config.node)?;
-        let (going, pid, hit) = self.begin(&template, &identity(&id)?).await?;
-        let sandbox = self.settle(&id, tenant, spec, going, pid)?;
+        let (begun_guest, hit) = self.begin(&template, &id).await?;
+        let sandbox = self.settle(&id, tenant, spec, begun_guest)?;
         sandbox.create.set(begun.elapsed());
+        sandbox.made_with.replace(request.made_with.clone());
         let data = json!({
             "image": sandbox.spec.shape.image.name, "vcpus": sandbox.spec.shape.vcpus,
             "mem_mib": sandbox.spec.shape.mem_mib, "pool_hit": hit,
         });
-        self.publish(&sandbox, "sandbox.created", data)?;
+        self.publish(std::slice::from_ref(&sandbox), "sandbox.created", data)?;
         Ok(sandbox)
     }
 
     /// Lets a guest go in a worker of the pool. One that has died there is noticed now, and another is taken.
-    async fn begin(
-        &self,
-        template: &Template,
-        identity: &Identity,
-    ) -> Result<(Going, u32, bool), ServiceError> {
+    async fn begin(&self, template: &Template, id: &str) -> Result<(Begun, bool), ServiceError> {
+        let identity = identity(id)?;
         let mut left = MOST_DEAD_WORKERS;
         loop {
+            // Before a worker is spent.
+            let rendezvous = self.place(id).make()?;
             let CheckedOut { shell, hit } = self.pool.checkout(Rc::clone(&template.key)).await?;
             let (source, identity) = (template.source.clone(), identity.clone());
-            match executor::blocking(move || shell.begin(&source, &identity)).await {
-                Ok((going, pid)) => return Ok((going, pid, hit)),
+            let begin = move || {
+                let (going, pid) = shell.begin(&source, &identity, &rendezvous)?;
+                Ok(Begun { going, pid, rendezvous })
+            };
+            match executor::blocking(begin).await {
+                Ok(begun) => return Ok((begun, hit)),
                 Err(WorkerError::Io(error)) if left > 0 => {
                     tracing::warn!(%error, "a worker of the pool is gone");
                     left -= 1;
@@ -182,26 +189,42 @@ impl Service {
         id: &str,
         tenant: &Tenant,
         spec: Spec,
-        going: Going,
-        pid: u32,
+        begun: Begun,
     ) -> Result<Rc<Sandbox>, ServiceError> {
         let sandbox = Sandbox::new(id, Rc::clone(tenant), spec, Timestamp::now(), Usage::default());
-        sandbox.runs(begin_conversation(going, pid)?);
+        sandbox.runs(begin_conversation(begun)?);
         Ok(Rc::new(sandbox))
     }
 
-    /// Makes a sandbox known: to the registry, to the audit log, to its tenant. From then on its end is noticed.
+    /// Makes sandboxes known: to the audit log, to the registry (all or none), to their tenant. From then on their
+    /// ends are noticed.
+    #[allow(clippy::needless_pass_by_value)]
     pub(super) fn publish(
         self: &Rc<Self>,
-        sandbox: &Rc<Sandbox>,
+        made: &[Rc<Sandbox>],
         event: &'static str,
         data: serde_json::Value,
     ) -> Result<(), ServiceError> {
-        self.journal.append(&sandbox.tenant, &sandbox.id, event, data)?;
-        self.note(sandbox)?;
-        self.sandboxes.borrow_mut().insert(Rc::clone(&sandbox.id), Rc::clone(sandbox));
-        self.watch(sandbox);
+        for sandbox in made {
+            self.journal.append(&sandbox.tenant, &sandbox.id, event, data.clone())?;
+        }
+        let rows: Vec<_> = made.iter().map(|sandbox| self.row(sandbox)).collect();
+        self.registry.put_runs(&rows)?;
+        for sandbox in made {
+            self.sandboxes.borrow_mut().insert(Rc::clone(&sandbox.id), Rc::clone(sandbox));
+            self.watch(sandbox);
+        }
         Ok(())
+    }
+
+    /// What a tenant's request with this key has made and is still there, in the order of its making.
+    #[must_use]
+    pub fn made_with(&self, tenant: &str, key: &str) -> Vec<(Rc<Sandbox>, MadeWith)> {
+        let made = self.sandboxes(tenant).into_iter().filter_map(|sandbox| {
+            let with = sandbox.made_with.borrow().clone().filter(|with| with.key == key)?;
+            Some((sandbox, with))
+        });
+        made.collect()
     }
 
     /// Notices when the sandbox's present worker ends by itself.
@@ -231,9 +254,10 @@ pub(super) fn identity(id: &str) -> std::io::Result<Identity> {
 }
 
 /// From here on the guest is spoken to without blocking.
-pub(super) fn begin_conversation(going: Going, pid: u32) -> Result<Running, ServiceError> {
+pub(super) fn begin_conversation(begun: Begun) -> Result<Running, ServiceError> {
+    let Begun { going, pid, rendezvous } = begun;
     let (socket, state) = going.agent.into_parts();
-    Ok(Running::new(going.worker, Conversation::start(socket, state)?, pid))
+    Ok(Running::new(going.worker, Conversation::start(socket, state)?, pid, rendezvous))
 }
 
 fn seconds(whole: u64) -> f64 {

@@ -2,7 +2,7 @@
 
 use super::sandbox::Sandbox;
 use super::{Service, ServiceError};
-use crate::conversation::{Event, Process};
+use crate::conversation::{Event, Process, Tape};
 use peregrine_vmm::agent::Command;
 use serde_json::json;
 use std::rc::Rc;
@@ -122,6 +122,17 @@ impl Service {
         request: &ExecRequest,
         stdin: bool,
     ) -> Result<Process, ServiceError> {
+        self.command_on(sandbox, request, stdin, |_| None)
+    }
+
+    /// As [`Service::command`]; `tape` is told the command's number.
+    pub(crate) fn command_on(
+        &self,
+        sandbox: &Rc<Sandbox>,
+        request: &ExecRequest,
+        stdin: bool,
+        tape: impl FnOnce(u32) -> Option<Rc<Tape>>,
+    ) -> Result<Process, ServiceError> {
         let running = sandbox.running()?;
         if request.argv.is_empty() {
             return Err(ServiceError::bad("command", "must not be empty"));
@@ -144,7 +155,7 @@ impl Service {
             stdin,
             user: image.user,
         };
-        running.conversation.exec(&command).map_err(ServiceError::exec(&sandbox.id))
+        running.conversation.exec_on(&command, tape).map_err(ServiceError::exec(&sandbox.id))
     }
 
     /// A command has ended; no code: it was killed for its time.

@@ -1,11 +1,13 @@
 //! fork: children that have the sandbox's memory and files, and from then on each its own.
 
 use super::create::{begin_conversation, identity};
-use super::sandbox::{Running, Sandbox};
+use super::sandbox::{Begun, Place, Running, Sandbox};
 use super::{Service, ServiceError, ids};
 use crate::conversation::Paused;
 use crate::executor;
+use crate::registry::MadeWith;
 use jiff::Timestamp;
+use peregrine_vmm::agent::Identity;
 use peregrine_vmm::worker::{MOST_CHILDREN, WorkerError};
 use serde_json::json;
 use std::rc::Rc;
@@ -20,6 +22,7 @@ impl Service {
         self: &Rc<Self>,
         sandbox: &Rc<Sandbox>,
         count: usize,
+        made_with: Option<MadeWith>,
     ) -> Result<Vec<Rc<Sandbox>>, ServiceError> {
         if !(1..=MOST_CHILDREN).contains(&count) {
             return Err(ServiceError::bad("count", format!("{count}, but must be 1 to {MOST_CHILDREN}")));
@@ -32,12 +35,12 @@ impl Service {
         let mut names = Vec::with_capacity(count);
         for _ in 0..count {
             let id = ids::run_id(self.config.node)?;
-            names.push((identity(&id)?, id));
+            names.push((identity(&id)?, self.place(&id), id));
         }
         let paused = self.pause(sandbox, &running).await.map_err(|error| gone(sandbox, error))??;
         let children = fork_running(&running, paused, names).await?;
         let mut made = Vec::with_capacity(count);
-        for (id, going, pid) in children {
+        for (id, guest) in children {
             let spec = super::Spec { timeout: sandbox.timeout(), ..sandbox.spec.clone() };
             let child = Sandbox::new(
                 &id,
@@ -46,30 +49,24 @@ impl Service {
                 Timestamp::now(),
                 super::Usage::default(),
             );
-            child.runs(begin_conversation(going, pid)?);
+            child.runs(begin_conversation(guest)?);
             child.create.set(begun.elapsed());
+            child.made_with.replace(made_with.clone());
             made.push(Rc::new(child));
         }
-        for child in &made {
-            let data = json!({ "parent": &*sandbox.id });
-            if let Err(error) = self.publish(child, "sandbox.forked", data) {
-                for known in &made {
-                    let _ = self.destroy(&known.tenant, &known.id).await;
-                }
-                return Err(error);
-            }
-        }
+        // Nobody knows them if this fails, and they end here.
+        self.publish(&made, "sandbox.forked", json!({ "parent": &*sandbox.id }))?;
         Ok(made)
     }
 }
 
-type Child = (String, peregrine_vmm::worker::Going, u32);
+type Child = (String, Begun);
 
 /// Forks the worker while the conversation stands still; the children take their identities beside it.
 async fn fork_running(
     running: &Running,
     paused: Paused,
-    names: Vec<(peregrine_vmm::agent::Identity, String)>,
+    names: Vec<(Identity, Place, String)>,
 ) -> Result<Vec<Child>, WorkerError> {
     let (state, count) = (paused.state.clone(), names.len());
     let forked = running.with_worker(move |worker| worker.begin_fork(state, count)).await;
@@ -81,9 +78,10 @@ async fn fork_running(
         fork.children
             .into_iter()
             .zip(names)
-            .map(|(child, (identity, id))| {
-                let pid = child.pid();
-                Ok((id, child.begin(&identity)?, pid))
+            .map(|(child, (identity, place, id))| {
+                let (pid, rendezvous) = (child.pid(), place.make()?);
+                let going = child.begin_at(&identity, Some(&rendezvous))?;
+                Ok((id, Begun { going, pid, rendezvous }))
             })
             .collect()
     };

@@ -57,9 +57,9 @@ impl Service {
             State::Lost(_) | State::Ended => return Err(sandbox.wrong_state("it cannot be resumed")),
         };
         self.admit(&sandbox.tenant, 1, &sandbox.spec.shape)?;
-        let (going, pid) = self.wake(&sandbox.spec.shape, &dir, &sandbox.id).await?;
+        let begun = self.wake(&sandbox.spec.shape, &dir, &sandbox.id).await?;
         self.journal.append(&sandbox.tenant, &sandbox.id, "sandbox.resumed", json!({}))?;
-        sandbox.runs(begin_conversation(going, pid)?);
+        sandbox.runs(begin_conversation(begun)?);
         self.note(sandbox)?;
         self.watch(sandbox);
         // The worker has the files open; what is written later goes into the next sleep's.

@@ -2,6 +2,8 @@
 //!
 //! Each second counts once: time while it runs, not while it sleeps; a clock that is set does not matter.
 
+use crate::registry::RunningRow;
+use peregrine_vmm::worker::monotonic_ns;
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
@@ -57,6 +59,35 @@ impl Meter {
         self.running = Some(Running { since: now, pid, seen: Cell::default(), counted });
     }
 
+    /// What the next daemon needs to go on counting while the worker runs.
+    pub(super) fn running(&self) -> Option<RunningRow> {
+        let Running { since, counted, .. } = self.running.as_ref()?;
+        let now_ns = u128::from(monotonic_ns());
+        Some(RunningRow {
+            since_ns: narrow(now_ns.saturating_sub(since.elapsed().as_nanos())),
+            ran_ms: narrow(self.before.ran.as_millis()),
+            cpu_ms: narrow(self.before.cpu.saturating_sub(*counted).as_millis()),
+            mem_peak_bytes: self.before.mem_peak_bytes,
+        })
+    }
+
+    /// The meter of a sandbox that an earlier daemon left running in the process `pid`: the time between the
+    /// daemons counts, and what the earlier one had counted does so once.
+    #[must_use]
+    pub(super) fn taken_over(row: &RunningRow, pid: u32) -> Self {
+        let before = Usage {
+            ran: Duration::from_millis(row.ran_ms),
+            cpu: Duration::from_millis(row.cpu_ms),
+            mem_peak_bytes: row.mem_peak_bytes,
+        };
+        // The clock is the host's since its start, as the worker is.
+        let for_ns = monotonic_ns().saturating_sub(row.since_ns);
+        let now = Instant::now();
+        let since = now.checked_sub(Duration::from_nanos(for_ns)).unwrap_or(now);
+        let running = Running { since, pid, seen: Cell::default(), counted: Duration::ZERO };
+        Self { running: Some(running), ..Self::new(before) }
+    }
+
     /// What it has used up to now.
     #[must_use]
     pub(super) fn read(&self) -> Usage {
@@ -87,6 +118,10 @@ impl Meter {
         self.last = self.running.take().map(|running| (running.pid, running.seen.get().0)).or(self.last);
         self.before
     }
+}
+
+fn narrow(wide: u128) -> u64 {
+    u64::try_from(wide).unwrap_or(u64::MAX)
 }
 
 /// CPU time, and peak resident memory without the template's shared pages where the kernel tells them apart.
@@ -121,6 +156,14 @@ mod tests {
         let stopped = meter.stop();
         assert!(stopped.ran >= running.ran);
         assert_eq!((meter.read(), meter.stop()), (stopped, stopped));
+        // The next daemon's goes on with the same second.
+        meter.start(std::process::id());
+        std::thread::sleep(Duration::from_millis(20));
+        let row = meter.running().unwrap();
+        let next = Meter::taken_over(&row, std::process::id());
+        let (mine, theirs) = (meter.read(), next.read());
+        assert!(theirs.ran >= mine.ran.saturating_sub(Duration::from_millis(1)) && theirs.cpu >= before.cpu);
+        assert!(theirs.ran < mine.ran + Duration::from_secs(10), "{theirs:?} {mine:?}");
         // A process that is gone costs nothing more.
         meter.start(u32::MAX);
         assert!(meter.read().cpu == stopped.cpu);

@@ -44,7 +44,7 @@ pub use stream::{Stream, StreamEvent};
 pub use templates::Shape;
 
 use crate::artefacts::Artefacts;
-use crate::config::Config;
+use crate::config::{Config, OnStop};
 use crate::executor;
 use crate::pool::{Pool, PoolError};
 use crate::registry::{Registry, RegistryError, RunRow};
@@ -58,6 +58,10 @@ use templates::Templates;
 
 /// How often the audit log is signed and made durable.
 const SEAL_EVERY: Duration = Duration::from_secs(5);
+/// Where running workers wait for the next daemon, in the state directory.
+const WORKERS: &str = "workers";
+/// Tapes of followed commands.
+const STREAMS: &str = "streams";
 /// How often idle sandboxes are looked for.
 const SWEEP: Duration = Duration::from_millis(500);
 
@@ -99,6 +103,8 @@ pub struct Service {
     /// Sandboxes that are being made: they count against the limits.
     making: Cell<usize>,
     state: PathBuf,
+    /// Workers' places that were named.
+    places: Cell<u64>,
     /// What a worker is.
     program: PathBuf,
     /// Held while the daemon lives.
@@ -117,7 +123,9 @@ impl Service {
         program: PathBuf,
     ) -> Result<Rc<Self>, StartError> {
         let failed = |source| StartError::State { path: state.to_owned(), source };
-        std::fs::create_dir_all(state).map_err(failed)?;
+        for dir in [state.to_owned(), state.join(WORKERS), state.join(STREAMS)] {
+            std::fs::create_dir_all(dir).map_err(failed)?;
+        }
         let lock = File::options().create(true).append(true).open(state.join("lock")).map_err(failed)?;
         match lock.try_lock() {
             Ok(()) => {}
@@ -138,6 +146,7 @@ impl Service {
             sandboxes: RefCell::default(),
             making: Cell::new(0),
             state: state.to_owned(),
+            places: Cell::new(0),
             config,
             _lock: lock,
         });
@@ -221,6 +230,17 @@ impl Service {
         Ok(sandbox)
     }
 
+    /// Where the next daemon finds a worker of the sandbox `id`. A name of its own each time: a worker that ends and the next
+    /// one of the sandbox overlap.
+    fn place(&self, id: &str) -> sandbox::Place {
+        let number = self.places.replace(self.places.get() + 1);
+        let name = format!("{id}-{}-{number}", std::process::id());
+        sandbox::Place {
+            path: self.state.join(WORKERS).join(name),
+            patience: Duration::from_secs(self.config.limits.orphan_s),
+        }
+    }
+
     /// Writes a sandbox's row as of now.
     fn note(&self, sandbox: &Sandbox) -> Result<(), ServiceError> {
         sandbox.noted.set(Instant::now());
@@ -253,15 +273,27 @@ impl Service {
         }
     }
 
-    /// Ends everything: the pool's workers and all sandboxes that run.
+    /// Ends everything: the pool's workers and, unless the next daemon is to have them, all sandboxes that run.
     pub async fn shut_down(self: &Rc<Self>) {
+        let keep = self.config.on_stop == OnStop::Keep;
         let all: Vec<_> = self.sandboxes.borrow().values().cloned().collect();
-        for sandbox in all {
+        let mut turns = Vec::new();
+        for sandbox in &all {
+            if keep {
+                // Nothing changes it any more.
+                turns.push(sandbox.turn().await);
+                continue;
+            }
             if let Err(error) = self.destroy(&sandbox.tenant, &sandbox.id).await {
                 tracing::warn!(id = %sandbox.id, %error, "at shutdown");
             }
         }
         self.pool.drain().await;
         executor::blocking(self.journal.seal()).await;
+        if keep {
+            // Dropped, a sandbox ends.
+            tracing::info!(sandboxes = turns.len(), "they run on for the next daemon");
+            std::process::exit(0);
+        }
     }
 }

@@ -15,9 +15,9 @@ use super::meter::{Meter, Usage};
 use super::templates::Shape;
 use crate::conversation::Conversation;
 use crate::pool::Held;
-use crate::registry::RunRow;
+use crate::registry::{MadeWith, RunRow};
 use jiff::Timestamp;
-use peregrine_vmm::worker::{Worker, WorkerError};
+use peregrine_vmm::worker::{Going, Rendezvous, Worker, WorkerError};
 use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -43,10 +43,32 @@ pub struct Spec {
     pub env: Vec<String>,
 }
 
+/// Where the next daemon would find a worker of this one.
+#[derive(Debug, Clone)]
+pub(super) struct Place {
+    pub(super) path: PathBuf,
+    pub(super) patience: Duration,
+}
+
+impl Place {
+    pub(super) fn make(self) -> std::io::Result<Rendezvous> {
+        Rendezvous::new(self.path, self.patience)
+    }
+}
+
+/// A guest that has just begun to run.
+#[derive(Debug)]
+pub(super) struct Begun {
+    pub(super) going: Going,
+    pub(super) pid: u32,
+    pub(super) rendezvous: Rendezvous,
+}
+
 /// A worker whose guest runs, and the conversation with it.
 #[derive(Debug, Clone)]
 pub struct Running {
     worker: Arc<Held<Worker>>,
+    rendezvous: Rc<Rendezvous>,
     /// Commands go here.
     pub conversation: Conversation,
     /// The worker's process.
@@ -54,8 +76,13 @@ pub struct Running {
 }
 
 impl Running {
-    pub(super) fn new(worker: Worker, conversation: Conversation, pid: u32) -> Self {
-        Self { worker: Arc::new(Held::new(worker)), conversation, pid }
+    pub(super) fn new(worker: Worker, conversation: Conversation, pid: u32, rendezvous: Rendezvous) -> Self {
+        Self { worker: Arc::new(Held::new(worker)), rendezvous: Rc::new(rendezvous), conversation, pid }
+    }
+
+    /// Its rendezvous, as the registry keeps it: a name in the directory of all.
+    fn place(&self) -> Option<String> {
+        Some(self.rendezvous.path().file_name()?.to_str()?.to_owned())
     }
 
     /// Has the worker do something that blocks.
@@ -111,6 +138,8 @@ pub struct Sandbox {
     pub create: Cell<Duration>,
     /// When it was made.
     pub created: Timestamp,
+    /// The request that made it, if it had a key.
+    pub(super) made_with: RefCell<Option<MadeWith>>,
     pub(super) timeout: Cell<Option<Duration>>,
     pub(super) state: RefCell<State>,
     pub(super) meter: RefCell<Meter>,
@@ -141,6 +170,7 @@ impl Sandbox {
             spec,
             create: Cell::default(),
             created,
+            made_with: RefCell::default(),
             state: RefCell::new(State::Ended),
             meter: RefCell::new(Meter::new(before)),
             noted: Cell::new(Instant::now()),
@@ -153,6 +183,11 @@ impl Sandbox {
     /// It runs in this worker now.
     pub(super) fn runs(&self, running: Running) {
         self.meter.borrow_mut().start(running.pid);
+        self.runs_on(running);
+    }
+
+    /// It has run in this worker all along; its meter was never stopped.
+    pub(super) fn runs_on(&self, running: Running) {
         self.idle_since.set(Instant::now());
         *self.state.borrow_mut() = State::Running(running);
     }
@@ -246,6 +281,9 @@ impl Sandbox {
             mem_peak_bytes: usage.mem_peak_bytes,
             cost_cents: cost_cents(&self.spec, usage.ran),
             sleeps_in: if let State::Hibernated(dir) = &*state { Some(dir.clone()) } else { None },
+            found_at: if let State::Running(running) = &*state { running.place() } else { None },
+            running: self.meter.borrow().running(),
+            made_with: self.made_with.borrow().clone(),
         }
     }
 }

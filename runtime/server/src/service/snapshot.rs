@@ -3,7 +3,7 @@
 use super::create::identity;
 use super::destroy::remove_dir;
 use super::fork::gone;
-use super::sandbox::{Running, Sandbox, Spec, Tenant};
+use super::sandbox::{Begun, Running, Sandbox, Spec, Tenant};
 use super::templates::Shape;
 use super::{Service, ServiceError, ids};
 use crate::conversation::Paused;
@@ -12,7 +12,7 @@ use crate::pool::{Shell, Source};
 use crate::registry::SnapshotRow;
 use jiff::Timestamp;
 use peregrine_vmm::snapshot::Stored;
-use peregrine_vmm::worker::{Going, WorkerError};
+use peregrine_vmm::worker::WorkerError;
 use serde_json::json;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -99,10 +99,10 @@ impl Service {
             env: row.env,
         };
         let id = ids::run_id(self.config.node)?;
-        let (going, pid) = self.wake(&spec.shape, &row.dir, &id).await?;
-        let sandbox = self.settle(&id, tenant, spec, going, pid)?;
+        let woken = self.wake(&spec.shape, &row.dir, &id).await?;
+        let sandbox = self.settle(&id, tenant, spec, woken)?;
         sandbox.create.set(begun.elapsed());
-        self.publish(&sandbox, "sandbox.restored", json!({ "snapshot_id": row.id }))?;
+        self.publish(std::slice::from_ref(&sandbox), "sandbox.restored", json!({ "snapshot_id": row.id }))?;
         Ok(sandbox)
     }
 
@@ -112,19 +112,16 @@ impl Service {
     }
 
     /// Restores what lies in `dir` into a new worker, after checking that it is whole.
-    pub(super) async fn wake(
-        &self,
-        shape: &Shape,
-        dir: &Path,
-        id: &str,
-    ) -> Result<(Going, u32), ServiceError> {
+    pub(super) async fn wake(&self, shape: &Shape, dir: &Path, id: &str) -> Result<Begun, ServiceError> {
         let source = Source { dir: dir.to_owned(), disks: self.templates.disks(&shape.image) };
-        let (identity, program, patience) =
-            (identity(id)?, self.program.clone(), self.config.limits.patience());
+        let (identity, program, place) = (identity(id)?, self.program.clone(), self.place(id));
+        let patience = self.config.limits.patience();
         let begin = move || {
             let verified = Stored::open(&source.dir).and_then(|stored| stored.verify_memory());
             verified.map_err(|error| WorkerError::Refused(error.to_string()))?;
-            Shell::spawn(&program, patience)?.begin(&source, &identity)
+            let rendezvous = place.make()?;
+            let (going, pid) = Shell::spawn(&program, patience)?.begin(&source, &identity, &rendezvous)?;
+            Ok(Begun { going, pid, rendezvous })
         };
         executor::blocking(begin).await.map_err(|error| match error {
             WorkerError::Refused(why) => ServiceError::SnapshotRefused(why),

@@ -1,13 +1,16 @@
 //! Commands whose output is followed while they run, and may be followed again from where a reader broke off.
 //!
 //! A command outlives its reader. What no reader has taken yet is held up to a bound, and then the command
-//! waits; what was taken is kept up to another, for a reader who comes back.
+//! waits; what was taken is kept up to another, for a reader who comes back. It outlives the daemon as well: what is held
+//! is on a tape, which the next daemon reads.
 
 use super::exec::ExecRequest;
 use super::sandbox::Sandbox;
-use super::{Service, ServiceError, ids, millis};
-use crate::conversation::{Ended, Event, Output};
+use super::{STREAMS, Service, ServiceError, ids, millis};
+use crate::conversation::{Ended, Event, Found, Output, Process, Record, Tape};
 use bytes::Bytes;
+use peregrine_vmm::worker::monotonic_ns;
+use serde::{Deserialize, Serialize};
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::rc::Rc;
@@ -70,6 +73,21 @@ pub struct Stream {
     /// The last event that a reader has taken.
     taken: Cell<u64>,
     changed: Notify,
+    tape: Option<Rc<Tape>>,
+}
+
+/// What the next daemon has to know of a followed command: the first words of its tape.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub(super) struct Header {
+    /// Its sandbox.
+    pub(super) sandbox: String,
+    /// Its number in the conversation.
+    pub(super) stream: u32,
+    /// It is given standard input.
+    stdin: bool,
+    /// When it was asked for, on CLOCK_MONOTONIC.
+    begun_ns: u64,
+    limit_ms: u64,
 }
 
 /// All followed commands.
@@ -86,29 +104,61 @@ impl Service {
         sandbox: &Rc<Sandbox>,
         request: &ExecRequest,
     ) -> Result<Rc<Stream>, ServiceError> {
-        let begun = Instant::now();
-        let process = self.command(sandbox, request, request.stdin.is_some())?;
+        let (begun, limit) = (Instant::now(), self.exec_limit(request));
+        let id = format!("x{}", ids::random_digits(16)?);
+        let mut kept = None;
+        let process = self.command_on(sandbox, request, request.stdin.is_some(), |number| {
+            let header = Header {
+                sandbox: sandbox.id.to_string(),
+                stream: number,
+                stdin: request.stdin.is_some(),
+                begun_ns: monotonic_ns(),
+                limit_ms: u64::try_from(limit.as_millis()).unwrap_or(u64::MAX),
+            };
+            // Without one, it ends with this daemon only if that is killed.
+            let tape = Tape::create(&self.state.join(STREAMS).join(&id), &header)
+                .inspect_err(|error| tracing::warn!(%error, "a command has no tape"));
+            kept = tape.ok().map(Rc::new);
+            kept.clone()
+        })?;
         let stream = Rc::new(Stream {
-            id: format!("x{}", ids::random_digits(16)?),
+            id,
             sandbox: Rc::clone(&sandbox.id),
             kept: RefCell::default(),
             next_seq: Cell::new(1),
             taken: Cell::new(0),
             changed: Notify::new(),
+            tape: kept,
         });
         self.streams.0.borrow_mut().insert(stream.id.clone(), Rc::clone(&stream));
         if let Some(stdin) = request.stdin.clone() {
-            let input = process.input.clone();
+            let (input, fed) = (process.input.clone(), Rc::clone(&stream));
             crate::executor::spawn(async move {
-                let _ = input.write(&stdin).await;
-                let _ = input.end();
+                if input.write(&stdin).await.is_ok()
+                    && input.end().is_ok()
+                    && let Some(tape) = &fed.tape
+                {
+                    tape.stdin_done();
+                }
             });
         }
-        let (service, sandbox, pumped) = (Rc::clone(self), Rc::clone(sandbox), Rc::clone(&stream));
-        let limit = self.exec_limit(request);
+        self.follow(sandbox, Rc::clone(&stream), process.output, (begun, limit));
+        Ok(stream)
+    }
+
+    /// Takes what a command writes, to its end.
+    fn follow(
+        self: &Rc<Self>,
+        sandbox: &Rc<Sandbox>,
+        pumped: Rc<Stream>,
+        output: Output,
+        (begun, limit): (Instant, Duration),
+    ) {
+        let (service, sandbox) = (Rc::clone(self), Rc::clone(sandbox));
         crate::executor::spawn(async move {
             let activity = sandbox.activity();
-            let pumping = tokio::time::timeout(limit, pumped.pump(process.output, begun));
+            let pumping =
+                tokio::time::timeout(limit.saturating_sub(begun.elapsed()), pumped.pump(output, begun));
             let last = tokio::select! {
                 ended = pumping => match ended {
                     Ok(Ok(code)) => StreamEvent::Exit { code, took_ms: millis(begun.elapsed()) },
@@ -124,16 +174,81 @@ impl Service {
             let code = if let StreamEvent::Exit { code, .. } = &last { Some(*code) } else { None };
             // The audit log comes before the word.
             match service.exited(&sandbox, code) {
-                Ok(()) => pumped.push(last),
+                Ok(()) => {
+                    pumped.tape.iter().for_each(|tape| tape.reported());
+                    pumped.push(last);
+                }
                 Err(error) => {
                     pumped.push(StreamEvent::Broken { code: "audit_unavailable", why: error.to_string() });
                 }
             }
             drop(activity);
-            tokio::time::sleep(AFTERLIFE).await;
-            service.streams.0.borrow_mut().remove(&pumped.id);
+            service.outlive(pumped);
         });
-        Ok(stream)
+    }
+
+    /// A command that has ended may be read for a while.
+    fn outlive(self: &Rc<Self>, stream: Rc<Stream>) {
+        let service = Rc::clone(self);
+        crate::executor::spawn(async move {
+            tokio::time::sleep(AFTERLIFE).await;
+            service.streams.0.borrow_mut().remove(&stream.id);
+            stream.tape.iter().for_each(|tape| tape.remove());
+        });
+    }
+
+    /// A command that an earlier daemon followed: as far as its tape goes, and on from there if `process` is what is
+    /// left of it.
+    pub(super) fn follow_on(
+        self: &Rc<Self>,
+        sandbox: &Rc<Sandbox>,
+        id: String,
+        found: Found<Header>,
+        process: Option<Process>,
+    ) {
+        let Found { tape, header, first_seq, records, reported, .. } = found;
+        let stream = Rc::new(Stream {
+            id,
+            sandbox: Rc::clone(&sandbox.id),
+            kept: RefCell::default(),
+            next_seq: Cell::new(first_seq),
+            taken: Cell::new(0),
+            changed: Notify::new(),
+            tape: Some(Rc::clone(&tape)),
+        });
+        self.streams.0.borrow_mut().insert(stream.id.clone(), Rc::clone(&stream));
+        let (now, for_ns) = (Instant::now(), monotonic_ns().saturating_sub(header.begun_ns));
+        let begun = now.checked_sub(Duration::from_nanos(for_ns)).unwrap_or(now);
+        let mut ended = None;
+        for record in records {
+            match record {
+                Record::Stdout(bytes) => stream.push(StreamEvent::Stdout(bytes.into())),
+                Record::Stderr(bytes) => stream.push(StreamEvent::Stderr(bytes.into())),
+                Record::Exited(exited) => ended = Some(exited.shell_code()),
+                Record::Failed(code, text) => {
+                    stream.push(StreamEvent::Stderr(format!("{text}\n").into()));
+                    ended = Some(code);
+                }
+            }
+        }
+        if let (None, Some(process)) = (ended, process) {
+            let limit = Duration::from_millis(header.limit_ms);
+            return self.follow(sandbox, stream, process.output, (begun, limit));
+        }
+        let last = match ended {
+            Some(code) => StreamEvent::Exit { code, took_ms: millis(begun.elapsed()) },
+            None => StreamEvent::Broken {
+                code: "unavailable",
+                why: "the daemon was replaced before the command had all of its standard input".to_owned(),
+            },
+        };
+        // Killed between the two, the daemon before this one has written it down twice rather than never.
+        if !reported && let Err(error) = self.exited(sandbox, ended) {
+            tracing::error!(id = %sandbox.id, %error, "a command's end cannot be written down");
+        }
+        tape.reported();
+        stream.push(last);
+        self.outlive(stream);
     }
 
     /// A command that was followed before, of this sandbox.
@@ -218,8 +333,18 @@ impl Stream {
         while behind > BEHIND_BYTES && kept.len() > 1 {
             behind -= kept.pop_front().map_or(0, |(_, event)| event.bytes());
         }
+        if let (Some(tape), Some((first, _))) = (&self.tape, kept.front()) {
+            tape.forget_before(*first);
+        }
         drop(kept);
         self.changed.notify_waiters();
+    }
+}
+
+impl Header {
+    /// The command had been given all it is given: only then can it go on under another daemon.
+    pub(super) fn is_fed(&self, stdin_done: bool) -> bool {
+        !self.stdin || stdin_done
     }
 }
 
@@ -236,6 +361,7 @@ mod tests {
             next_seq: Cell::new(1),
             taken: Cell::new(0),
             changed: Notify::new(),
+            tape: None,
         }
     }
 

@@ -4,6 +4,7 @@ use super::MicroVm;
 use super::shared::Shared;
 use crate::VmmError;
 use crate::agent::{Agent, AgentError};
+use crate::devices::mmio::State as DeviceState;
 use crate::event_loop;
 use crate::memory::GuestMemory;
 use crate::snapshot::{AgentState, Compat, MachineState, Snapshot, SnapshotError, digest_memory};
@@ -92,6 +93,11 @@ impl Paused<'_> {
     /// The guest's memory: for a child process that builds a microVM over its own copy of it.
     pub(crate) fn memory(&self) -> GuestMemory {
         self.microvm.mem.clone()
+    }
+
+    /// The devices' states, in bus order.
+    pub(crate) fn devices(&self) -> &[DeviceState] {
+        self.devices.states()
     }
 
     /// Everything but memory and disks; `agent` is where the conversation stands now that nothing moves. I/O that

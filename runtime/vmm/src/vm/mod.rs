@@ -29,7 +29,7 @@ use crate::snapshot::{AgentState, Compat, MachineState, Snapshot, Stored};
 use crate::stats;
 use crate::sys::kvm as raw;
 use crate::vcpu::{self, Vcpu};
-use crate::vcpu_state::{self, VcpuSnapshot};
+use crate::vcpu_state::{self, Timer, VcpuSnapshot};
 use kvm_bindings::kvm_clock_data;
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
 use linux_loader::loader::{Elf, KernelLoader};
@@ -130,6 +130,8 @@ struct Begin {
     shared: Arc<Shared>,
     /// The MSRs to save.
     msrs: Arc<[u32]>,
+    /// What is left of each vCPU's timer that stands still.
+    timers: Vec<Option<u64>>,
 }
 
 impl MicroVm {
@@ -163,7 +165,8 @@ impl MicroVm {
         let shared = Arc::new(Shared::new(config.verbose));
         let mem = machine.mem.clone();
         let msrs = vcpu_state::saved_msrs(&kvm, &machine.vcpus[0])?;
-        let (mut microvm, bus) = Self::assemble(machine, Begin { disks, states: Vec::new(), shared, msrs })?;
+        let (mut microvm, bus) =
+            Self::assemble(machine, Begin { disks, states: Vec::new(), shared, msrs, timers: Vec::new() })?;
         let (kind, devices) = (KvmKind::detect(), bus.kernel_cmdline());
         let line = cmdline::build(kind, config.verbose, &devices, &config.kernel_parameters)?;
         boot::write_boot_structures(&mem, &line)?;
@@ -223,9 +226,13 @@ impl MicroVm {
         machine: Machine,
     ) -> Result<Self, VmmError> {
         let mut area = raw::XsaveArea::new(&machine.vm);
+        let mut timers = Vec::with_capacity(state.vcpus.len());
         for (fd, vcpu) in machine.vcpus.iter().zip(&state.vcpus) {
             compat.check_tsc(fd.get_tsc_khz().unwrap_or(0))?;
-            vcpu.restore(fd, &mut area)?;
+            let first = timers.is_empty();
+            // The others are not let go before the gate opens, and have no first word to say.
+            let timer = if state.at_gate && first { Timer::Held } else { Timer::Runs };
+            timers.push(vcpu.restore(fd, &mut area, timer)?);
         }
         // Before the devices, whose first act may be an interrupt.
         for chip in &state.irqchips {
@@ -236,7 +243,7 @@ impl MicroVm {
         let shared = Arc::new(Shared::new(false));
         // What was saved is what will be saved again: finding out takes longer than all the rest.
         let msrs = state.vcpus.first().map_or_else(Arc::default, VcpuSnapshot::msr_indices);
-        let begin = Begin { disks, states: state.devices.clone(), shared, msrs };
+        let begin = Begin { disks, states: state.devices.clone(), shared, msrs, timers };
         let (microvm, _) = Self::assemble(machine, begin)?;
         *lock(&microvm.conversation) = Some(state.agent.clone());
         microvm.at_gate.store(state.at_gate, Ordering::Relaxed);
@@ -246,7 +253,8 @@ impl MicroVm {
     /// Devices, event loop and threads around the KVM objects; the gate is closed.
     fn assemble(machine: Machine, begin: Begin) -> Result<(Self, Arc<Bus>), VmmError> {
         let Machine { vm, mem, vcpus: fds, event_loop, start } = machine;
-        let Begin { disks, states, shared, msrs } = begin;
+        let Begin { disks, states, shared, msrs, timers } = begin;
+        let mut timers = timers.into_iter();
         let disks_bytes = sizes(&disks);
         let devices =
             DevicesConfig { disks, mmio_base: layout::VIRTIO_MMIO, first_gsi: layout::FIRST_GSI, states };
@@ -288,6 +296,7 @@ impl MicroVm {
                 xsave: raw::XsaveArea::new(&vm),
                 host: Arc::clone(&host),
                 msrs: Arc::clone(&msrs),
+                held_timer: timers.next().flatten(),
             };
             microvm.threads.push(spawn(format!("vcpu{index}"), move || vcpu.run())?);
         }

@@ -219,7 +219,7 @@ impl Shared {
     }
 
     /// Whether [`Shared::approach`] was the last word.
-    pub(super) fn approaches(&self) -> bool {
+    pub(crate) fn approaches(&self) -> bool {
         lock(&self.gate).approach
     }
 

@@ -1,7 +1,7 @@
 //! The owner's end of a worker.
 
-use super::WorkerStats;
 use super::wire::{MOST_FDS, Reply, Request, receive, send};
+use super::{Rendezvous, WorkerStats, rendezvous};
 use crate::agent::{Agent, AgentError, Identity};
 use crate::snapshot::{AgentState, Claim, SnapshotError};
 use crate::vm::DiskConfig;
@@ -21,6 +21,8 @@ use std::time::Duration;
 
 /// A disk may take so many times as long as a process.
 const PATIENCES_FOR_THE_DISK: u32 = 20;
+/// A worker that does not answer its next owner for so long is stuck.
+const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
 /// Most children of one fork.
 pub const MOST_CHILDREN: usize = MOST_FDS;
 
@@ -94,6 +96,21 @@ pub struct Going {
     pub decoded_ns: u64,
     /// CLOCK_MONOTONIC of the guest's first VM exit; 0 if it made none within a second.
     pub first_exit_ns: u64,
+}
+
+/// A worker whose last owner has gone.
+#[derive(Debug)]
+pub struct Attached {
+    /// It.
+    pub worker: Worker,
+    /// Its process.
+    pub pid: u32,
+    /// The agent's connection.
+    pub connection: UnixStream,
+    /// How many of its bytes have been read, modulo 2^32.
+    pub position: u32,
+    /// What comes before its next byte.
+    pub unread: Vec<u8>,
 }
 
 /// When a fork's steps were, on CLOCK_MONOTONIC, and the children.
@@ -204,6 +221,24 @@ impl Worker {
         let answer = in_time(receive(&self.control));
         *owed += u32::from(matches!(answer, Err(WorkerError::Stuck)));
         Ok(answer?.0)
+    }
+
+    /// Becomes the owner of the worker that waits at `path`, whose last owner has gone. Its guest runs.
+    ///
+    /// # Errors
+    /// If none waits there.
+    pub fn attach(path: &Path, patience: Duration) -> Result<Attached, WorkerError> {
+        let control = rendezvous::meet(path, ATTACH_PATIENCE)?;
+        in_time(send(&control, &Request::Attach, &[]))?;
+        let (reply, mut fds) = in_time(receive(&control))?;
+        let mut worker = Self::new(control, None, None).with_patience(patience)?;
+        match (reply, fds.pop()) {
+            (Reply::Attached { pid, position, unread }, Some(connection)) => {
+                worker.process = Some(worker.process(pid)?);
+                Ok(Attached { worker, pid, connection: connection.into(), position, unread })
+            }
+            (other, _) => Err(refused(other)),
+        }
     }
 
     /// Has it restore the snapshot in `dir` and stand still. Whoever calls has verified the memory image
@@ -343,13 +378,16 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        if let Some(child) = &mut self.child {
-            // It would end by itself when the control socket closes; killed, its guest cannot delay that.
-            let _ = child.kill();
-            let _ = child.wait();
-        } else if let Some(process) = &self.process {
-            // The same; if it stands still it would not see that its socket closes.
-            let _ = pidfd_send_signal(process, Signal::KILL);
+        match (&mut self.child, &self.process) {
+            // It would end by itself when it hears of it; killed, its guest cannot delay that.
+            (Some(child), _) => {
+                let _ = child.kill();
+                let _ = child.wait();
+            }
+            // The same; if it stands still it would not hear of it.
+            (None, Some(process)) => drop(pidfd_send_signal(process, Signal::KILL)),
+            // A closed socket alone might mean that this owner was killed.
+            (None, None) => drop(send(&self.control, &Request::End, &[])),
         }
     }
 }
@@ -387,6 +425,18 @@ impl Parked {
     /// # Errors
     /// What the worker said; the guest is gone.
     pub fn begin(self, identity: &Identity) -> Result<Going, WorkerError> {
+        self.begin_at(identity, None)
+    }
+
+    /// As [`Parked::begin`]; the guest outlives this owner, if the next one comes to `rendezvous` in time.
+    ///
+    /// # Errors
+    /// As for [`Parked::begin`].
+    pub fn begin_at(
+        self,
+        identity: &Identity,
+        rendezvous: Option<&Rendezvous>,
+    ) -> Result<Going, WorkerError> {
         let frame = Agent::adopt_frame(identity)?;
         let agent = Agent::resume(self.connection, &self.agent)?;
         let mailbox = if self.at_gate {
@@ -395,7 +445,10 @@ impl Parked {
             agent.send_frame(&frame)?;
             Vec::new()
         };
-        let (decoded_ns, first_exit_ns) = match self.worker.ask(&Request::Go { mailbox }, &[])? {
+        let patience = rendezvous.map(Rendezvous::patience).unwrap_or_default();
+        let listener = rendezvous.and_then(Rendezvous::listener);
+        let request = Request::Go { mailbox, patience };
+        let (decoded_ns, first_exit_ns) = match self.worker.ask(&request, listener.as_slice())? {
             Reply::Going { decoded_ns, first_exit_ns } => (decoded_ns, first_exit_ns),
             other => return Err(refused(other)),
         };

@@ -4,7 +4,8 @@
 //!            Prepare           Go               Fork
 //!   empty ------------> parked -----> running ---------> running + children, parked
 //!                                        |
-//!                     the owner's end closes: the process ends, and its guest with it
+//!       the owner says End, or its end closes: the process ends, and its guest with it; or, where the owner has
+//!       left a rendezvous, waits for the next owner, who attaches
 //! ```
 //!
 //! The owner ([`Worker`]) and the process ([`serve`]) speak over a SOCK_SEQPACKET socket. The conversation
@@ -19,10 +20,12 @@
 
 mod client;
 mod process;
+mod rendezvous;
 mod wire;
 
-pub use client::{Fork, Forking, Going, MOST_CHILDREN, Parked, Saved, Saving, Worker, WorkerError};
+pub use client::{Attached, Fork, Forking, Going, MOST_CHILDREN, Parked, Saved, Saving, Worker, WorkerError};
 pub use process::serve;
+pub use rendezvous::Rendezvous;
 
 use serde::{Deserialize, Serialize};
 

@@ -1,11 +1,13 @@
 //! The worker's process: one control thread, and the threads of its microVM.
 
 use super::wire::{Reply, Request, receive, send};
-use super::{WorkerStats, monotonic_ns};
+use super::{WorkerStats, monotonic_ns, rendezvous};
 use crate::VmmError;
 use crate::agent::AGENT_PORT;
 use crate::assist::HostCpu;
 use crate::devices::Disk;
+use crate::devices::mmio::State;
+use crate::event_loop::ring::peek_bytes;
 use crate::memory::GuestMemory;
 use crate::snapshot::{AgentState, Compat, MachineState, Run, Snapshot, Stored};
 use crate::sys::process::{Forked, close_all_but, exit_now, fork, ignore_children};
@@ -24,6 +26,14 @@ use std::time::{Duration, Instant};
 /// How long `Go` waits for the guest's first VM exit: a guest that computes makes none.
 const FIRST_EXIT_PATIENCE: Duration = Duration::from_secs(1);
 
+/// Nice value of whoever answers requests: no guest that computes may stand in the way of one that is asked for.
+const ANSWERS_NICE: i32 = -10;
+
+/// Gives this thread, and those that it makes from now on, a nice value. Without the right to, all are equal.
+fn nice(value: i32) {
+    let _ = rustix::process::setpriority_process(None, value);
+}
+
 /// A guest and what is needed to clone it.
 struct Sandbox {
     vm: MicroVm,
@@ -33,13 +43,21 @@ struct Sandbox {
     base: Arc<File>,
     runs: Arc<[Run]>,
     /// A second descriptor of the agent's connection: to see what its reader has not read when the guest is
-    /// forked.
+    /// forked, and to outlive its reader.
     agent: UnixStream,
+    /// What the connection's first reader was told it would find before its first byte.
+    unread: Vec<u8>,
+    /// Bytes that the agent had sent on it before it was restored.
+    sent_before: u32,
+    /// Where the next owner may come, and how long to wait for one.
+    rendezvous: Option<(OwnedFd, Duration)>,
 }
 
 /// Serves one owner until it goes away. Ends the process, so that nothing can be left of its guest.
 pub fn serve(control: OwnedFd) -> ! {
     ignore_children();
+    // Guests are made, and run, as everybody else.
+    nice(0);
     // What is the same for every guest is found out and made before there is one: CPUID traps where this host is a
     // virtual machine, and KVM's answer takes a third of a millisecond. If there is no KVM, the first request
     // says so.
@@ -55,12 +73,22 @@ fn make_shell() -> Result<(Kvm, Shell), VmmError> {
     Ok((kvm, shell))
 }
 
-fn serve_with(control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox: Option<Sandbox>) -> ! {
+/// The owner has gone, or broken its word. Without a successor the guest goes too; it runs on meanwhile.
+fn successor(sandbox: Option<&Sandbox>) -> OwnedFd {
+    let rendezvous = sandbox.and_then(|sandbox| sandbox.rendezvous.as_ref());
+    let Some((listener, patience)) = rendezvous else { exit_now(0) };
+    rendezvous::accept(listener, *patience).unwrap_or_else(|| exit_now(0))
+}
+
+fn serve_with(mut control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox: Option<Sandbox>) -> ! {
     loop {
-        // The owner has gone, or broken its word: the guest goes too.
-        let Ok((request, fds)) = receive::<Request>(&control) else { exit_now(0) };
+        let Ok((request, mut fds)) = receive::<Request>(&control) else {
+            control = successor(sandbox.as_ref());
+            continue;
+        };
         let decoded_ns = monotonic_ns();
         let answered = match (request, &mut sandbox) {
+            (Request::End, _) => exit_now(0),
             (Request::Prepare { dir, disks }, slot @ None) => {
                 match prepare(&mut shell, &dir, &disks, decoded_ns) {
                     Ok((prepared, reply, connection)) => {
@@ -68,14 +96,20 @@ fn serve_with(control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox: Op
                         let sent = send(&control, &reply, &[connection.as_fd()]);
                         // Its owner knows; what is still to do need not be waited for.
                         prepared.vm.approach();
+                        nice(ANSWERS_NICE);
                         sent
                     }
                     Err(error) => send(&control, &Reply::Failed(error.to_string()), &[]),
                 }
             }
-            (Request::Go { mailbox }, Some(sandbox)) => {
+            (Request::Go { mailbox, patience }, Some(sandbox)) => {
+                sandbox.rendezvous = fds.pop().map(|listener| (listener, patience));
                 send(&control, &go(sandbox, &mailbox, decoded_ns), &[])
             }
+            (Request::Attach, Some(sandbox)) => match attach(sandbox) {
+                Ok(reply) => send(&control, &reply, &[sandbox.agent.as_fd()]),
+                Err(error) => send(&control, &Reply::Failed(error.to_string()), &[]),
+            },
             (Request::Fork { children, agent }, Some(sandbox)) => {
                 // What comes with the message are the children's control sockets.
                 let reply = if !fds.is_empty() && fds.iter().all(given_up) {
@@ -103,7 +137,7 @@ fn serve_with(control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox: Op
             (request, _) => send(&control, &Reply::Failed(format!("out of turn: {request:?}")), &[]),
         };
         if answered.is_err() {
-            exit_now(0);
+            control = successor(sandbox.as_ref());
         }
     }
 }
@@ -123,21 +157,44 @@ fn prepare(
     let (kvm, shell) = shell.take().map_or_else(make_shell, Ok)?;
     let vm = MicroVm::restore_in(&stored, duplicates(&disks)?, &kvm, shell)?;
     let Snapshot { compat, machine } = stored.snapshot;
-    ready(vm, (compat, disks, stored.memory, machine.runs.into()), machine.agent, decoded_ns)
+    let runs = machine.runs.as_slice().into();
+    ready(vm, (compat, disks, stored.memory, runs), &machine, decoded_ns)
 }
 
 /// The parked guest, what to say of it, and its agent's connection.
 fn ready(
     vm: MicroVm,
     (compat, disks, base, runs): (Compat, Vec<Disk>, Arc<File>, Arc<[Run]>),
-    agent: AgentState,
+    machine: &MachineState,
     decoded_ns: u64,
 ) -> Result<(Sandbox, Reply, UnixStream), VmmError> {
     let lost = || VmmError::Agent("the snapshot has none".to_owned());
     let connection = vm.event_loop().restored_connection(AGENT_PORT).ok_or_else(lost)?;
     let second = connection.try_clone().map_err(os("cannot duplicate a descriptor"))?;
+    let agent = machine.agent.clone();
+    let unread = agent.unread.clone();
     let reply = Reply::Ready { pid: std::process::id(), agent, at_gate: vm.is_at_gate(), decoded_ns };
-    Ok((Sandbox { vm, compat, disks, base, runs, agent: second }, reply, connection))
+    let sent_before = sent_by_agent(&machine.devices).ok_or_else(lost)?;
+    let rendezvous = None;
+    let sandbox = Sandbox { vm, compat, disks, base, runs, agent: second, unread, sent_before, rendezvous };
+    Ok((sandbox, reply, connection))
+}
+
+/// Bytes that the agent's connection has carried to the host, modulo 2^32.
+fn sent_by_agent(devices: &[State]) -> Option<u32> {
+    let mut streams = devices.iter().flat_map(|device| &device.streams);
+    streams.find(|stream| stream.host_port == AGENT_PORT).map(|stream| stream.forwarded_bytes)
+}
+
+/// What the next owner is told. Nobody reads the connection now; the guest stands still while it is looked at.
+fn attach(sandbox: &Sandbox) -> Result<Reply, VmmError> {
+    let lost = || VmmError::Agent("its connection has ended".to_owned());
+    let paused = sandbox.vm.pause()?;
+    let sent = sent_by_agent(paused.devices()).ok_or_else(lost)?.wrapping_sub(sandbox.sent_before);
+    let waiting = peek_bytes(&sandbox.agent).map_err(os("cannot look at the agent's connection"))?.len();
+    let position = sent.wrapping_sub(waiting as u32);
+    let unread = if position == 0 { sandbox.unread.clone() } else { Vec::new() };
+    Ok(Reply::Attached { pid: std::process::id(), position, unread })
 }
 
 fn duplicates(disks: &[Disk]) -> Result<Vec<Disk>, VmmError> {
@@ -273,10 +330,12 @@ fn become_children(
     let keep: Vec<_> = disks.chain([sandbox.base.as_raw_fd(), mine.as_raw_fd()]).collect();
     // What else is open belongs to the parent's microVM, which is leaked here: this function never returns.
     close_all_but(&keep);
+    nice(0);
     match rebuild(mem, sandbox, &machine) {
         Ok((sandbox, reply, connection)) => {
             let _ = send(&mine, &reply, &[connection.as_fd()]);
             drop(connection);
+            nice(ANSWERS_NICE);
             serve_with(mine, None, Some(sandbox))
         }
         Err(error) => {
@@ -295,5 +354,5 @@ fn rebuild(
     let disks = duplicates(&parent.disks)?;
     let vm = MicroVm::restore_over(mem, &parent.compat, machine, duplicates(&disks)?, &open_kvm()?)?;
     let parts = (parent.compat.clone(), disks, Arc::clone(&parent.base), Arc::clone(&parent.runs));
-    ready(vm, parts, machine.agent.clone(), begun_ns)
+    ready(vm, parts, machine, begun_ns)
 }

@@ -12,6 +12,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
+use std::time::Duration;
 
 /// Longest message.
 const MESSAGE_BYTES: usize = 128 * 1024;
@@ -28,11 +29,18 @@ pub(crate) enum Request {
         /// Path and read-only flag of each disk.
         disks: Vec<(PathBuf, bool)>,
     },
-    /// Let the guest go. What is not empty is left in its mailbox.
+    /// Let the guest go. What is not empty is left in its mailbox. A socket that comes with it is where the next
+    /// owner may come when this one is gone.
     Go {
         /// Whole frames for the agent.
         mailbox: Vec<u8>,
+        /// How long to wait for the next owner.
+        patience: Duration,
     },
+    /// The first word of the next owner.
+    Attach,
+    /// End, and the guest with it.
+    End,
     /// Fork the running guest.
     Fork {
         /// How many children: their control sockets come with the message.
@@ -72,6 +80,15 @@ pub(crate) enum Reply {
         decoded_ns: u64,
         /// When the guest made its first VM exit; 0 if it had not within a second.
         first_exit_ns: u64,
+    },
+    /// What the next owner needs to go on. The agent's connection comes with the message.
+    Attached {
+        /// The worker's process.
+        pid: u32,
+        /// How many bytes of the connection had been read, modulo 2^32.
+        position: u32,
+        /// What the first reader was to find before the connection's first byte, if it has read nothing.
+        unread: Vec<u8>,
     },
     /// The guest was forked; each child says `Ready` on its own socket.
     Forked {
