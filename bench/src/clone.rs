@@ -20,7 +20,7 @@ use std::time::Duration;
 
 const WORKER: &str = "worker";
 /// How long a clone of the pool-hit row has been parked: long enough to have come to its mailbox.
-const PARKED: Duration = Duration::from_millis(5);
+const PARKED: Duration = Duration::from_millis(100);
 
 /// Why a suite ended early.
 pub type Failure = Box<dyn Error>;
@@ -142,7 +142,7 @@ pub fn create(artefacts: &Artefacts, samples: u32, mem_mib: &[u64]) -> Result<Ve
         let milli = Unit::Milliseconds;
         let mut hit = row(
             "create, pool hit",
-            "request decoded by a worker parked for 5 ms -> the restored guest has read its new identity and says so (VM exit)",
+            "request decoded by a worker parked for 100 ms -> the restored guest has read its new identity and says so (VM exit)",
             Some((0.15, 0.5)),
             &variant,
             milli,

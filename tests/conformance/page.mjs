@@ -40,8 +40,10 @@ const look = async (expression) => {
   assert.equal(exceptionDetails, undefined, `${expression}: ${JSON.stringify(exceptionDetails)}`);
   return result.value;
 };
+// What is not there yet may be an exception: the page may still be the one before.
 const sees = async (what, expression) => {
-  for (let turns = 0; !(await look(expression)); turns++) {
+  const soon = `(async () => { try { return Boolean(${expression}); } catch { return false; } })()`;
+  for (let turns = 0; !(await look(soon)); turns++) {
     assert.ok(turns < 600, `the page shows no ${what}: ${await look('document.body.innerText')}`);
     await new Promise((wake) => setTimeout(wake, 100));
   }

@@ -39,7 +39,7 @@ fn run(suite: &str, artefacts: &Artefacts, args: &Args) -> Result<Vec<Recorder>,
     match suite {
         "boot" => bench::boot::suite(artefacts, of(5, 10), sizes(&[256], &[128, 256, 1024])),
         "guest" => bench::guest::suite(artefacts, quick),
-        "create" => clone::create(artefacts, of(1000, 2000), sizes(&[128, 1024], &[128, 256, 1024, 4096])),
+        "create" => clone::create(artefacts, of(250, 1000), sizes(&[128, 1024], &[128, 256, 1024, 4096])),
         "exec" => clone::exec(artefacts, of(10, 100)),
         "fork" => fork::fork(artefacts, of(100, 1000), dirty),
         "children" => fork::children(artefacts, of(5, 20), counts(&[8], &[2, 8, 32, 100])),

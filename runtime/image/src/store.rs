@@ -88,7 +88,19 @@ pub(crate) struct Workplace {
     pub(crate) scratch: PathBuf,
     dir: PathBuf,
     alive: PathBuf,
-    _lock: File,
+    _lock: Lock,
+}
+
+/// A flock(2) on a file, given back when dropped. Closing the file would not do: a process that another thread
+/// forks has a copy of the descriptor until it calls exec, and with it the lock.
+#[derive(Debug)]
+struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // Where it fails, the last copy's end gives it back.
+        let _ = self.0.unlock();
+    }
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -259,15 +271,13 @@ impl Store {
         static COUNT: AtomicU64 = AtomicU64::new(0);
         let tmp = self.root.join("tmp");
         create_dir(&tmp)?;
-        let gate = open_lock(&tmp.join("gate"))?;
-        gate.lock().map_err(Error::io("lock", &tmp))?;
+        let _gate = locked(&tmp.join("gate"))?;
         sweep(&tmp)?;
 
         let count = COUNT.fetch_add(1, Ordering::Relaxed);
         let name = format!("{}-{}-{count}", kind.name(), std::process::id());
         let (dir, alive) = (tmp.join(&name), tmp.join(format!("{name}.alive")));
-        let lock = open_lock(&alive)?;
-        lock.lock().map_err(Error::io("lock", &alive))?;
+        let lock = locked(&alive)?;
         let (out, scratch) = (dir.join("out"), dir.join("scratch"));
         create_dir(&out)?;
         create_dir(&scratch)?;
@@ -318,21 +328,21 @@ impl Store {
     }
 
     /// Takes the build lock of a key, saying so if that means to wait.
-    fn lock(&self, kind: Kind, key: &Key, progress: &mut dyn Progress) -> Result<File, Error> {
+    fn lock(&self, kind: Kind, key: &Key, progress: &mut dyn Progress) -> Result<Lock, Error> {
         let dir = self.root.join(kind.name());
         create_dir(&dir)?;
         let path = dir.join(format!("{key}.lock"));
-        let lock = open_lock(&path)?;
-        match lock.try_lock() {
+        let file = open_lock(&path)?;
+        match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 progress
                     .message(&format!("another process is building this {}; waiting for it", kind.name()));
-                lock.lock().map_err(Error::io("lock", &path))?;
+                file.lock().map_err(Error::io("lock", &path))?;
             }
             Err(TryLockError::Error(error)) => return Err(Error::io("lock", &path)(error)),
         }
-        Ok(lock)
+        Ok(Lock(file))
     }
 
     /// Removes an entry so that a crash in the middle leaves no half of it under its name.
@@ -411,6 +421,12 @@ fn create_dir(dir: &Path) -> Result<(), Error> {
 
 fn open_lock(path: &Path) -> Result<File, Error> {
     File::options().create(true).truncate(false).write(true).open(path).map_err(Error::io("open", path))
+}
+
+fn locked(path: &Path) -> Result<Lock, Error> {
+    let file = open_lock(path)?;
+    file.lock().map_err(Error::io("lock", path))?;
+    Ok(Lock(file))
 }
 
 /// fsync, which works on directories opened for reading too.

@@ -112,7 +112,8 @@ fn a_worker_killed_while_hibernating_leaves_the_generation_before_and_a_status_t
         drop(strace);
         hibernate.join().unwrap()
     });
-    assert!(matches!(killed, Err(WorkerError::NotSaved)), "{killed:?}");
+    // It may be gone before it could say that its guest goes on.
+    assert!(matches!(killed, Err(WorkerError::NotSaved | WorkerError::Io(_))), "{killed:?}");
     assert_eq!(sandbox.on_disk(), (1, true));
     // The owner lets go of what it lost; whoever asks next is told, and resumes what there is.
     drop(sandbox);

@@ -157,6 +157,17 @@ fn of_eight_threads_that_want_the_same_entry_one_builds_it() {
 }
 
 #[test]
+fn a_lock_is_given_back_while_a_forked_process_still_has_a_copy_of_it() {
+    let (_dir, store) = temp_store();
+    let lock = store.lock(Kind::Image, &key(), &mut Silent).unwrap();
+    let _copy = lock.0.try_clone().unwrap();
+    drop(lock);
+    let mut out = Vec::new();
+    store.lock(Kind::Image, &key(), &mut crate::progress::Lines::new(&mut out)).unwrap();
+    assert_eq!(out, b"", "nobody was waited for");
+}
+
+#[test]
 fn a_failed_build_leaves_nothing() {
     let (_dir, store) = temp_store();
     let result = store.get_or_build(

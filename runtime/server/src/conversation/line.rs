@@ -22,6 +22,8 @@ use tokio::io::Interest;
 use tokio::net::UnixStream;
 use tokio::sync::{mpsc, oneshot};
 
+/// Answers that a guest may call for while a connection is taken over: more than it can have commands.
+const MOST_REPLIES: usize = 4096;
 /// Room for a message that is not standard input.
 const SMALL_FRAME_BYTES: usize = 1024;
 
@@ -100,6 +102,10 @@ pub(super) struct Line {
     seen: usize,
     outbox: Outbox,
     commands: HashMap<u32, Entry>,
+    /// Commands whose standard input is at its end once all frames are out.
+    fed: Vec<Rc<Tape>>,
+    /// While the guest says what it has, after an earlier owner: answers that it may still call for.
+    rejoining: Option<usize>,
     shared: Rc<Shared>,
     pause: Option<Pause>,
 }
@@ -125,6 +131,8 @@ impl Line {
             seen: 0,
             outbox: Outbox::default(),
             commands: HashMap::new(),
+            fed: Vec::new(),
+            rejoining: None,
             shared,
             pause: None,
         })
@@ -133,6 +141,7 @@ impl Line {
     /// Takes over from an owner that was killed; the commands in `entries` go on.
     pub(super) fn rejoin(mut self, entries: HashMap<u32, Entry>) -> io::Result<Self> {
         self.commands = entries;
+        self.rejoining = Some(MOST_REPLIES);
         self.put(0, &ToGuest::Rejoin)?;
         Ok(self)
     }
@@ -208,7 +217,10 @@ impl Line {
                 if let Some(entry) = self.commands.get_mut(&stream) {
                     let message = match &message {
                         Message::Stdin(bytes) => ToGuest::Stdin(bytes),
-                        Message::StdinEof => ToGuest::StdinEof,
+                        Message::StdinEof => {
+                            self.fed.extend(entry.tape.clone());
+                            ToGuest::StdinEof
+                        }
                         Message::Signal(signo) => ToGuest::Signal { signo: *signo },
                         Message::Resize(rows, cols) => ToGuest::Resize { rows: *rows, cols: *cols },
                         Message::Window(bytes) => {
@@ -268,6 +280,7 @@ impl Line {
         }
         bytes.clear();
         *sent = 0;
+        self.fed.drain(..).for_each(|tape| tape.stdin_done());
         if bytes.capacity() > 4 * FRAME_MAX_BYTES {
             bytes.shrink_to(FRAME_MAX_BYTES);
         }
@@ -335,11 +348,16 @@ impl Line {
     }
 
     fn answer(&mut self, reply: &Reply) -> io::Result<()> {
+        // At any other time nobody has asked for what calls for these, and they would cost memory.
+        let Some(left) = &mut self.rejoining else { return Ok(()) };
+        let too_many = || io::Error::new(io::ErrorKind::InvalidData, "more commands than it can have");
+        *left = left.checked_sub(1).ok_or_else(too_many)?;
         match *reply {
             Reply::Grant(stream) => self.put(stream, &ToGuest::Window { bytes: INITIAL_WINDOW_BYTES }),
             Reply::Kill(stream) => self.kill(stream),
             Reply::Ping => self.put(0, &ToGuest::Ping { nonce: 0 }),
             Reply::Settle => {
+                self.rejoining = None;
                 // The guest has neither told their end nor that they run: they were never asked for.
                 for (_, entry) in self.commands.extract_if(|_, entry| entry.in_doubt) {
                     let text = "the daemon was replaced before the command began".to_owned();
@@ -391,7 +409,11 @@ fn hear(
                 tape.failed(code, &text, position);
             });
         }
-        ToHost::Started { resumed: true, .. } => return Ok(Some(resumed(commands, stream))),
+        // Of one that nobody knows, the reader went with the earlier owner.
+        ToHost::Started { resumed: true, .. } if !commands.contains_key(&stream) => {
+            return Ok(Some(Reply::Kill(stream)));
+        }
+        ToHost::Started { resumed: true, .. } => return Ok(resumed(commands, stream)),
         ToHost::Hello(_) => return Ok(Some(Reply::Ping)),
         ToHost::Pong { .. } => return Ok(Some(Reply::Settle)),
         // A signal to a command that had just ended, for one.
@@ -401,16 +423,14 @@ fn hear(
 }
 
 /// A command of an earlier owner still runs, and what it has written since has been heard.
-fn resumed(commands: &mut HashMap<u32, Entry>, stream: u32) -> Reply {
-    match commands.get_mut(&stream) {
-        Some(entry) => {
-            entry.in_doubt = false;
-            entry.window_bytes = INITIAL_WINDOW_BYTES as usize;
-            Reply::Grant(stream)
-        }
-        // Its reader went with that owner.
-        None => Reply::Kill(stream),
-    }
+fn resumed(commands: &mut HashMap<u32, Entry>, stream: u32) -> Option<Reply> {
+    let entry = commands.get_mut(&stream)?;
+    // Once: a guest must not give itself credit.
+    entry.in_doubt.then(|| {
+        entry.in_doubt = false;
+        entry.window_bytes = INITIAL_WINDOW_BYTES as usize;
+        Reply::Grant(stream)
+    })
 }
 
 impl Entry {
@@ -438,5 +458,120 @@ fn end(commands: &mut HashMap<u32, Entry>, stream: u32, event: Event, record: im
         }
         let _ = entry.events.send(event);
         entry.end();
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use crate::conversation::{Conversation, Event, Tape};
+    use guest_init::{FRAME_MAX_BYTES, INITIAL_WINDOW_BYTES, ToHost};
+    use peregrine_vmm::agent::Command;
+    use peregrine_vmm::snapshot::AgentState;
+    use std::io::{Read as _, Write as _};
+    use std::os::unix::net::UnixStream;
+    use std::rc::Rc;
+
+    fn frame(stream: u32, message: &ToHost<'_>) -> Vec<u8> {
+        let mut bytes = vec![0; FRAME_MAX_BYTES];
+        let len = message.encode(stream, &mut bytes).unwrap();
+        bytes.truncate(len);
+        bytes
+    }
+
+    fn run<F: Future>(test: F) -> F::Output {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        tokio::task::LocalSet::new().block_on(&runtime, test)
+    }
+
+    #[test]
+    fn a_guest_cannot_give_itself_credit() {
+        run(async {
+            let (ours, mut guest) = UnixStream::pair().unwrap();
+            let state = AgentState { next_stream: 1, streams: Vec::new(), unread: Vec::new() };
+            let conversation = Conversation::start(ours, state).unwrap();
+            let _process = conversation.exec(&Command::new(&["yes"])).unwrap();
+            let writing = std::thread::spawn(move || {
+                let portion = vec![b'y'; 32 << 10];
+                // Until it is hung up on.
+                for _ in 0..10_000 {
+                    let said = [
+                        frame(1, &ToHost::Started { pid: 1, resumed: true }),
+                        frame(9, &ToHost::Started { pid: 1, resumed: true }),
+                        frame(1, &ToHost::Stdout(&portion)),
+                    ];
+                    if guest.write_all(&said.concat()).is_err() {
+                        return true;
+                    }
+                }
+                false
+            });
+            assert!(conversation.ended().await.0.contains("more output than its window"));
+            drop((conversation, _process));
+            tokio::task::yield_now().await;
+            assert!(writing.join().unwrap());
+        });
+    }
+
+    #[test]
+    fn what_was_read_and_not_dealt_with_is_there_for_the_next_owner_and_nothing_comes_twice() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tape");
+        let tape = Rc::new(Tape::create(&path, &()).unwrap());
+        let (ours, mut guest) = UnixStream::pair().unwrap();
+        let said: Vec<Vec<u8>> =
+            (0..50_u8).map(|n| frame(1, &ToHost::Stdout(&vec![n; 100 + usize::from(n)]))).collect();
+        let all = said.concat();
+        let cut = all.len() / 2;
+        guest.write_all(&all[..cut]).unwrap();
+        let kept = ours.try_clone().unwrap();
+        run(async {
+            let state = AgentState { next_stream: 1, streams: Vec::new(), unread: Vec::new() };
+            let conversation = Conversation::start(ours, state).unwrap();
+            let mut process =
+                conversation.exec_on(&Command::new(&["x"]), |_| Some(Rc::clone(&tape))).unwrap();
+            for _ in 0..10 {
+                process.output.next().await.unwrap();
+            }
+        });
+        drop(tape);
+        // The next owner: what is on the tape, and what is still to come, is everything once.
+        let found = Tape::open::<()>(&path).unwrap();
+        let mut waiting = vec![0; all.len()];
+        kept.set_nonblocking(true).unwrap();
+        let left =
+            rustix::net::recv(&kept, &mut waiting[..], rustix::net::RecvFlags::PEEK).map_or(0, |r| r.0);
+        let position = (cut - left) as u32;
+        let mut bytes = 0;
+        for record in &found.records {
+            if let crate::conversation::Record::Stdout(output) = record {
+                bytes += output.len();
+            }
+        }
+        run(async {
+            let taped = vec![(1, Rc::clone(&found.tape))];
+            let (_conversation, mut processes) =
+                Conversation::rejoin(kept, (position, Vec::new()), taped).unwrap();
+            guest.write_all(&all[cut..]).unwrap();
+            let exited = guest_init::Exited {
+                outcome: guest_init::Outcome::Code(3),
+                user_us: 0,
+                sys_us: 0,
+                max_rss_kib: 0,
+            };
+            guest.write_all(&frame(1, &ToHost::Exited(exited))).unwrap();
+            loop {
+                match processes[0].output.next().await.unwrap() {
+                    Event::Stdout(output) => bytes += output.len(),
+                    Event::Exited(exited) => break assert_eq!(exited.shell_code(), 3),
+                    other => panic!("{other:?}"),
+                }
+            }
+        });
+        assert_eq!(bytes, said.iter().map(|frame| frame.len() - guest_init::HEADER_BYTES).sum::<usize>());
+        assert!(bytes < INITIAL_WINDOW_BYTES as usize);
+        guest.set_nonblocking(true).unwrap();
+        let mut heard = vec![0; 1 << 16];
+        assert!(guest.read(&mut heard).unwrap() > 0, "it was asked what it has");
     }
 }

@@ -75,6 +75,14 @@ struct State {
     over: bool,
 }
 
+impl State {
+    /// No records yet; the first will be number `first_seq` and begin at `at`.
+    fn empty(at: u64, first_seq: u64) -> Self {
+        let offsets = VecDeque::new();
+        Self { end: at, offsets, first_seq, punched: at, position: None, broken: false, over: false }
+    }
+}
+
 /// What a tape says when it is found.
 #[derive(Debug)]
 pub struct Found<H> {
@@ -110,15 +118,7 @@ impl Tape {
         }
         let file = File::options().read(true).write(true).create_new(true).open(path)?;
         file.write_all_at(&block, 0)?;
-        let state = State {
-            end: HEADER_BYTES,
-            offsets: VecDeque::new(),
-            first_seq: 1,
-            punched: HEADER_BYTES,
-            position: None,
-            broken: false,
-            over: false,
-        };
+        let state = State::empty(HEADER_BYTES, 1);
         Ok(Self { path: path.to_owned(), file, state: RefCell::new(state) })
     }
 
@@ -144,15 +144,7 @@ impl Tape {
         if first_offset < HEADER_BYTES || first_seq == 0 {
             return Err(bad("its header is damaged"));
         }
-        let mut state = State {
-            end: first_offset,
-            offsets: VecDeque::new(),
-            first_seq,
-            punched: first_offset,
-            position: None,
-            broken: false,
-            over: false,
-        };
+        let mut state = State::empty(first_offset, first_seq);
         let mut bytes = vec![0; file.metadata()?.len().saturating_sub(first_offset) as usize];
         let len = read_at(&file, &mut bytes, first_offset)?;
         let mut rest = &bytes[..len];
@@ -238,7 +230,7 @@ impl Tape {
     }
 
     /// All of the command's standard input was sent.
-    pub fn stdin_done(&self) {
+    pub(super) fn stdin_done(&self) {
         self.mark(STDIN_DONE_AT);
     }
 

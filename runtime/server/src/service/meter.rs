@@ -80,10 +80,7 @@ impl Meter {
             cpu: Duration::from_millis(row.cpu_ms),
             mem_peak_bytes: row.mem_peak_bytes,
         };
-        // The clock is the host's since its start, as the worker is.
-        let for_ns = monotonic_ns().saturating_sub(row.since_ns);
-        let now = Instant::now();
-        let since = now.checked_sub(Duration::from_nanos(for_ns)).unwrap_or(now);
+        let since = instant_of(row.since_ns);
         let running = Running { since, pid, seen: Cell::default(), counted: Duration::ZERO };
         Self { running: Some(running), ..Self::new(before) }
     }
@@ -118,6 +115,13 @@ impl Meter {
         self.last = self.running.take().map(|running| (running.pid, running.seen.get().0)).or(self.last);
         self.before
     }
+}
+
+/// A time on CLOCK_MONOTONIC that another daemon took: the clock is the host's since its start, as its workers are.
+pub(super) fn instant_of(ns: u64) -> Instant {
+    let now = Instant::now();
+    let ago = Duration::from_nanos(monotonic_ns().saturating_sub(ns));
+    now.checked_sub(ago).unwrap_or(now)
 }
 
 fn narrow(wide: u128) -> u64 {

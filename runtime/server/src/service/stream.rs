@@ -5,6 +5,7 @@
 //! is on a tape, which the next daemon reads.
 
 use super::exec::ExecRequest;
+use super::meter::instant_of;
 use super::sandbox::Sandbox;
 use super::{STREAMS, Service, ServiceError, ids, millis};
 use crate::conversation::{Ended, Event, Found, Output, Process, Record, Tape};
@@ -132,14 +133,10 @@ impl Service {
         });
         self.streams.0.borrow_mut().insert(stream.id.clone(), Rc::clone(&stream));
         if let Some(stdin) = request.stdin.clone() {
-            let (input, fed) = (process.input.clone(), Rc::clone(&stream));
+            let input = process.input.clone();
             crate::executor::spawn(async move {
-                if input.write(&stdin).await.is_ok()
-                    && input.end().is_ok()
-                    && let Some(tape) = &fed.tape
-                {
-                    tape.stdin_done();
-                }
+                let _ = input.write(&stdin).await;
+                let _ = input.end();
             });
         }
         self.follow(sandbox, Rc::clone(&stream), process.output, (begun, limit));
@@ -217,8 +214,7 @@ impl Service {
             tape: Some(Rc::clone(&tape)),
         });
         self.streams.0.borrow_mut().insert(stream.id.clone(), Rc::clone(&stream));
-        let (now, for_ns) = (Instant::now(), monotonic_ns().saturating_sub(header.begun_ns));
-        let begun = now.checked_sub(Duration::from_nanos(for_ns)).unwrap_or(now);
+        let begun = instant_of(header.begun_ns);
         let mut ended = None;
         for record in records {
             match record {
