@@ -66,6 +66,8 @@ impl Daemon {
             .arg("--state")
             .arg(state.path().join("state"))
             .args(arguments)
+            // Whatever its processes become, and whoever their parents are then, this says whose they are.
+            .env("PEREGRINE_STATE", state.path().join("state"))
             .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .spawn()

@@ -50,8 +50,14 @@ fn a_microvm_that_stands_still_hangs_nobody() {
     if !kvm_or_skip("a_microvm_that_stands_still_hangs_nobody") {
         return;
     }
-    let daemon = Daemon::start(&format!("{CONFIG}[limits]\nwatchdog_s = 6\n"));
-    run(&daemon, "stuck.mjs", &[]);
+    let pool = "[[pools]]\nimage = \"default\"\nmem_mib = 128\nmin = 1\nmax = 1\n";
+    let daemon = Daemon::start(&format!("{CONFIG}{pool}[limits]\nwatchdog_s = 6\n"));
+    run(&daemon, "stuck.mjs", &["all"]);
+    run(&daemon, "stuck.mjs", &["late"]);
+    let left = run(&daemon, "stuck.mjs", &["leave"]);
+    let (at, pid) = left.split_once(' ').unwrap();
+    let daemon = Daemon::start_in(daemon.crash(), &["--dev"]);
+    run(&daemon, "stuck.mjs", &["adopted", at, pid]);
 }
 
 /// The clock of the day as a file says; the monotonic one stays the host's.

@@ -224,10 +224,11 @@ async fn route(app: &Rc<App>, parts: Parts, body: Incoming, asker: &Cell<Option<
     }
 }
 
-/// The sandbox without whose microVM this cannot be answered.
+/// The sandbox without whose microVM this cannot be answered. Verbs that go on without their client end by themselves,
+/// and their answer is what became of them: one that was said to be given up must not be done after that.
 fn watched<'s>(segments: &[&'s str]) -> Option<&'s str> {
     match segments {
-        ["runs", _, "audit"] => None,
+        ["runs", _, "audit" | "fork" | "snapshot" | "hibernate" | "resume"] => None,
         ["runs", id, _, ..] => Some(id),
         _ => None,
     }

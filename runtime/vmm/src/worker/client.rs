@@ -66,7 +66,7 @@ pub struct Worker {
     control: OwnedFd,
     /// `None` for a forked child: its parent worker is its parent process, which does not wait for it.
     child: Option<Child>,
-    /// A forked child's process.
+    /// The process, if it is no child process of this one: a forked child's, or another owner's before.
     process: Option<OwnedFd>,
     /// How long it may take to answer.
     patience: Option<Duration>,
@@ -228,7 +228,7 @@ impl Worker {
     /// # Errors
     /// If none waits there.
     pub fn attach(path: &Path, patience: Duration) -> Result<Attached, WorkerError> {
-        let control = rendezvous::meet(path, ATTACH_PATIENCE)?;
+        let control = in_time(rendezvous::meet(path, ATTACH_PATIENCE))?;
         in_time(send(&control, &Request::Attach, &[]))?;
         let (reply, mut fds) = in_time(receive(&control))?;
         let mut worker = Self::new(control, None, None).with_patience(patience)?;
@@ -252,7 +252,7 @@ impl Worker {
         self.parked()
     }
 
-    /// A forked child's process, which has just said its number.
+    /// The process of a worker that has just said its number.
     fn process(&self, pid: u32) -> Result<OwnedFd, WorkerError> {
         let gone = || io::Error::from(io::ErrorKind::UnexpectedEof);
         let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;

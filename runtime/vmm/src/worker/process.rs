@@ -288,6 +288,10 @@ fn save(
         // The claim on the place outlives its owner, or another one could come and be overtaken.
         let keep = held.iter().chain([&done]).map(|fd| fd.as_raw_fd()).chain([sandbox.base.as_raw_fd()]);
         close_all_but(&keep.collect::<Vec<_>>());
+        // Its parent may have stood still since it looked.
+        if given_up(&done) {
+            return;
+        }
         let machine = MachineState { runs: sandbox.runs.to_vec(), ..machine };
         let snapshot = Snapshot { compat: sandbox.compat.clone(), machine };
         let reply = match snapshot.save(&mem, &sandbox.base, dir) {
