@@ -76,8 +76,27 @@ const all = async () => {
 
   const victim = await create();
   await works(victim);
+  // Bodies that are not at their end: a file of holes, and an answer of which the first byte comes.
+  const server = ['import socket', 's = socket.create_server(("127.0.0.1", 80))', 'c = s.accept()[0]', 'c.recv(9999)',
+    'c.sendall(b"HTTP/1.1 200 OK\\r\\nContent-Length: 9999\\r\\n\\r\\nx")', 's.accept()'].join('\n');
+  const served = `truncate -s 100G /tmp/holes; printf %s '${server}' > /tmp/server; python3 /tmp/server >/dev/null 2>&1 &`;
+  assert.equal((await call('POST', `${victim}/exec`, { command: served, timeout: 240 })).value.exit_code, 0);
+  const begun = async (path) => {
+    let response;
+    await until(path, async () => {
+      response = await fetch(`${base}${victim}/${path}`, { headers: { authorization } });
+      if (response.status !== 200) await response.text();
+      return response.status === 200;
+    });
+    const reader = response.body.getReader();
+    assert.ok((await reader.read()).value.length > 0);
+    return reader;
+  };
+  const bodies = [await begun('files/download?path=/tmp/holes'), await begun('proxy/80/')];
   const [pid, stream] = await busy(victim);
   process.kill(pid, 'SIGSTOP');
+  const rest = async (body) => { while (!(await body.read()).done); };
+  const ends = bodies.map((body) => rest(body).then(() => 'well', (error) => error.message));
   const socket = (path) => new Promise((resolve) => {
     const said = [];
     const opened = new WebSocket(`${base.replace('http', 'ws')}${victim}/${path}?token=${key}`);
@@ -97,6 +116,9 @@ const all = async () => {
     assert.deepEqual([status, value.code], [504, 'sandbox_stuck'], `${verb}: ${JSON.stringify(value)}`);
   }
   assert.match(await stream, /sandbox_stuck/);
+  const too_late = new Promise((wake) => setTimeout(wake, 120_000).unref());
+  const cut = await Promise.race([Promise.all(ends), too_late]);
+  assert.deepEqual(cut, ['terminated', 'terminated']);
   for (const said of await Promise.all(sockets)) assert.match(said, /stuck/);
   assert.equal((await call('GET', victim)).value.status, 'running');
 
@@ -122,7 +144,7 @@ const all = async () => {
   await works(canary);
   await until('as many files as before', async () => files() <= files_before + 8);
   await call('DELETE', canary);
-  console.log(`${verbs.length + 3} verbs ended`);
+  console.log(`${verbs.length + 4} verbs ended`);
 };
 
 // It comes back just when the first one was given up: what was answered with an error is not there, the rest is.
