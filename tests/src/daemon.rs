@@ -116,6 +116,22 @@ impl Daemon {
         state
     }
 
+    /// Ends it as a service is ended; every audit chain that it kept must be sound.
+    ///
+    /// # Panics
+    /// If one is not, or there is none.
+    pub fn end_and_verify(self) {
+        let home = self.end();
+        let entries = std::fs::read_dir(home.path().join("state/audit")).unwrap_or_else(|e| panic!("{e}"));
+        let chains: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|path| path.is_dir()).collect();
+        assert!(!chains.is_empty(), "no audit log");
+        for chain in chains {
+            let verified = Command::new(peregrine()).args(["audit", "verify"]).arg(&chain).output();
+            let verified = verified.unwrap_or_else(|e| panic!("{e}"));
+            assert!(verified.status.success(), "{}: {verified:?}", chain.display());
+        }
+    }
+
     /// Most memory it ever had resident, in bytes.
     ///
     /// # Panics

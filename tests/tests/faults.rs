@@ -43,6 +43,8 @@ fn a_host_that_has_nothing_left_to_give_is_named_and_survived() {
     run(&daemon, "exhausted.mjs", &["well", &canary]);
     let seen = interrupted.detach();
     assert!(seen.iter().any(|(_, call)| call.starts_with("recvmsg") && call.contains("EINTR")), "{seen:?}");
+    // What was refused is not in it half.
+    daemon.end_and_verify();
 }
 
 #[test]
@@ -58,6 +60,7 @@ fn a_microvm_that_stands_still_hangs_nobody() {
     let (at, pid) = left.split_once(' ').unwrap();
     let daemon = Daemon::start_in(daemon.crash(), &["--dev"]);
     run(&daemon, "stuck.mjs", &["adopted", at, pid]);
+    daemon.end_and_verify();
 }
 
 /// The clock of the day as a file says; the monotonic one stays the host's.
