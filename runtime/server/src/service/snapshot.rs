@@ -113,7 +113,8 @@ impl Service {
 
     /// Restores what lies in `dir` into a new worker, after checking that it is whole.
     pub(super) async fn wake(&self, shape: &Shape, dir: &Path, id: &str) -> Result<Begun, ServiceError> {
-        let source = Source { dir: dir.to_owned(), disks: self.templates.disks(&shape.image) };
+        let disks = self.templates.disks(&shape.image);
+        let source = Source { dir: dir.to_owned(), disks, mender: None };
         let (identity, program, place) = (identity(id)?, self.program.clone(), self.place(id));
         let patience = self.config.limits.patience();
         let begin = move || {
