@@ -85,7 +85,8 @@ fn each_second_is_billed_once_over_a_clock_that_is_set_sleep_and_a_killed_daemon
     ];
     let daemon = Daemon::start_in_with(home, &["--dev"], &variables);
     let said = run(&daemon, "metering.mjs", &["first"]);
-    let (id, most_ms) = said.split_once(' ').unwrap();
+    let (id, not_ms) = said.split_once(' ').unwrap();
     let daemon = Daemon::start_in(daemon.crash(), &["--dev"]);
-    run(&daemon, "metering.mjs", &["last", id, most_ms]);
+    run(&daemon, "metering.mjs", &["last", id, not_ms]);
+    daemon.end_and_verify();
 }
