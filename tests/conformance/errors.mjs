@@ -141,10 +141,17 @@ assert.equal(race[1].status, 200);
 assert.ok(race.every((r) => [200, 201, 404, 409].includes(r.status)), JSON.stringify(race.map((r) => r.value)));
 for (const run of (await call('GET', '/v1/runs')).value.runs) if (run.id !== sandbox.id) await call('DELETE', `/v1/runs/${run.id}`);
 
-// The daemon's children are workers; killed, their sandboxes are lost, and say so.
-const workers = readdirSync('/proc').filter((pid) => /^\d+$/.test(pid)).filter((pid) => {
+// One of them stands still: nothing is known of what it was asked.
+const all = () => readdirSync('/proc').filter((pid) => /^\d+$/.test(pid)).filter((pid) => {
   try { return readFileSync(`/proc/${pid}/stat`, 'latin1').split(') ')[1].split(' ')[1] === daemon; } catch { return false; }
 });
+const still = all();
+still.forEach((pid) => process.kill(Number(pid), 'SIGSTOP'));
+await fails('sandbox_stuck', 'POST', `${at}/fork`);
+still.forEach((pid) => process.kill(Number(pid), 'SIGCONT'));
+
+// The daemon's children are workers; killed, their sandboxes are lost, and say so.
+const workers = all();
 assert.ok(workers.length > 0);
 workers.forEach((pid) => process.kill(Number(pid), 'SIGKILL'));
 for (let i = 0; (await call('GET', at)).value.status !== 'lost'; i++) {

@@ -51,12 +51,24 @@ impl Daemon {
     /// If it does not come up.
     #[must_use]
     pub fn start_in(state: tempfile::TempDir, arguments: &[&str]) -> Self {
+        Self::start_in_with(state, arguments, &[])
+    }
+
+    /// The same, with these variables more in its environment.
+    ///
+    /// # Panics
+    /// If it does not come up.
+    #[must_use]
+    pub fn start_in_with(state: tempfile::TempDir, arguments: &[&str], variables: &[(&str, &Path)]) -> Self {
         let mut child = Command::new(peregrine())
             .args(["serve", "--json", "--listen", "127.0.0.1:0", "--log", "warn", "--config"])
             .arg(state.path().join("config.toml"))
             .arg("--state")
             .arg(state.path().join("state"))
             .args(arguments)
+            // Whatever its processes become, and whoever their parents are then, this says whose they are.
+            .env("PEREGRINE_STATE", state.path().join("state"))
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap_or_else(|e| panic!("{e}"));
@@ -102,6 +114,22 @@ impl Daemon {
         let state = std::mem::replace(&mut self.state, empty());
         drop(self);
         state
+    }
+
+    /// Ends it as a service is ended; every audit chain that it kept must be sound.
+    ///
+    /// # Panics
+    /// If one is not, or there is none.
+    pub fn end_and_verify(self) {
+        let home = self.end();
+        let entries = std::fs::read_dir(home.path().join("state/audit")).unwrap_or_else(|e| panic!("{e}"));
+        let chains: Vec<PathBuf> = entries.flatten().map(|e| e.path()).filter(|path| path.is_dir()).collect();
+        assert!(!chains.is_empty(), "no audit log");
+        for chain in chains {
+            let verified = Command::new(peregrine()).args(["audit", "verify"]).arg(&chain).output();
+            let verified = verified.unwrap_or_else(|e| panic!("{e}"));
+            assert!(verified.status.success(), "{}: {verified:?}", chain.display());
+        }
     }
 
     /// Most memory it ever had resident, in bytes.

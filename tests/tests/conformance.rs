@@ -37,7 +37,7 @@ fn every_error_of_the_document_can_be_provoked_and_keys_and_tenants_are_kept_apa
     if !kvm_or_skip("every_error_of_the_document_can_be_provoked_and_keys_and_tenants_are_kept_apart") {
         return;
     }
-    let limits = "[limits]\nsandboxes = 3\nrequests_per_s = 200\nrequest_burst = 400\n";
+    let limits = "[limits]\nsandboxes = 3\nrequests_per_s = 200\nrequest_burst = 400\nwatchdog_s = 15\n";
     let daemon = Daemon::start(&format!("{CONFIG}{limits}"));
     run(&daemon, "errors.mjs", &[]);
 }
@@ -66,16 +66,7 @@ fn without_patience_a_killed_daemon_leaves_no_worker_and_the_next_one_knows_what
     }
     let daemon = Daemon::start_in(state, &["--dev"]);
     run(&daemon, "crash.mjs", &["after", said.trim()]);
-    let log = daemon.state().join("audit/dev");
-    drop_and_verify(daemon, &log);
-}
-
-/// Ends the daemon as a service is ended, and verifies its audit log.
-fn drop_and_verify(daemon: Daemon, log: &std::path::Path) {
-    let home = daemon.end();
-    let verified = Command::new(peregrine()).args(["audit", "verify"]).arg(log).output().unwrap();
-    assert!(verified.status.success(), "{verified:?}");
-    drop(home);
+    daemon.end_and_verify();
 }
 
 #[test]
@@ -91,8 +82,7 @@ fn a_killed_daemons_sandboxes_run_on_and_what_was_followed_goes_on_with_the_next
     run(&daemon, "adopt.mjs", &["later"]);
     let left: Vec<_> = std::fs::read_dir(daemon.state().join("workers")).unwrap().flatten().collect();
     assert!(left.is_empty(), "{left:?}");
-    let log = daemon.state().join("audit/dev");
-    drop_and_verify(daemon, &log);
+    daemon.end_and_verify();
 }
 
 #[test]
@@ -125,8 +115,7 @@ fn killed_in_the_middle_of_a_verb_a_daemon_leaves_the_old_state_or_the_new_one()
         let left: Vec<_> = left.into_iter().flatten().flatten().collect();
         assert!(left.is_empty(), "{dir}: {left:?}");
     }
-    let log = daemon.state().join("audit/dev");
-    drop_and_verify(daemon, &log);
+    daemon.end_and_verify();
 }
 
 #[test]

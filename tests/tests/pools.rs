@@ -5,7 +5,7 @@ use serde_json::Value;
 use std::process::{Command, Output};
 use std::time::Duration;
 use tests::daemon::Daemon;
-use tests::{kvm_or_skip, peregrine};
+use tests::{artefacts, kvm_or_skip, peregrine};
 
 const CONFIG: &str = "[image_aliases]\n\"node:22-slim\" = \"default\"\n[defaults]\nmem_mib = 128\n\
     [[pools]]\nimage = \"peregrine/default\"\nvcpus = 2\nmem_mib = 128\nmin = 0\nmax = 1\n";
@@ -73,6 +73,36 @@ fn a_pool_that_is_set_is_kept_by_this_daemon_and_by_the_next() {
     let all = answer(&daemon, &["list"]);
     assert_eq!(all["pools"].as_array().unwrap().len(), 1, "{all}");
     assert_eq!(all["pools"][0]["max"], 1);
+}
+
+#[test]
+fn a_template_that_was_damaged_while_its_pool_ran_is_made_again() {
+    if !kvm_or_skip("a_template_that_was_damaged_while_its_pool_ran_is_made_again") {
+        return;
+    }
+    // A cache of its own, which has the others' kernel and images.
+    let cache = tempfile::tempdir().unwrap();
+    for kind in ["agent", "image", "kernel"] {
+        std::os::unix::fs::symlink(artefacts().store.root().join(kind), cache.path().join(kind)).unwrap();
+    }
+    let home = tempfile::tempdir().unwrap();
+    let (without_pools, _) = CONFIG.split_once("[[pools]]").unwrap();
+    std::fs::write(home.path().join("config.toml"), without_pools).unwrap();
+    let daemon = Daemon::start_in_with(home, &["--dev"], &[("PEREGRINE_CACHE", cache.path())]);
+    let id = answer(&daemon, &["set", "node:22-slim", "--min", "1"])["id"].as_str().unwrap().to_owned();
+    once_ready(&daemon, &id, 1);
+
+    let templates = std::fs::read_dir(cache.path().join("template")).unwrap();
+    let states = templates.map(|entry| entry.unwrap().path().join("state"));
+    let damaged: Vec<_> = states.filter(|path| path.is_file()).collect();
+    for path in &damaged {
+        let whole = std::fs::metadata(path).unwrap().len();
+        std::fs::File::options().write(true).open(path).unwrap().set_len(whole - 1).unwrap();
+    }
+    assert!(!damaged.is_empty());
+    // Of a pool that changes all workers are new ones.
+    answer(&daemon, &["set", "node:22-slim", "--min", "2"]);
+    once_ready(&daemon, &id, 2);
 }
 
 #[test]

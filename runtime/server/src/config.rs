@@ -91,6 +91,8 @@ pub struct Limits {
     pub body_s: u64,
     /// Seconds that a connection may be idle.
     pub idle_s: u64,
+    /// Seconds after which a microVM's process that does not answer is called stuck: what is asked of it ends.
+    pub watchdog_s: u64,
     /// Memory of the prewarm pool.
     pub pool_mib: u64,
     /// Seconds that a running sandbox waits for the next daemon when this one was killed; 0 ends it with the daemon.
@@ -205,9 +207,22 @@ impl Default for Limits {
             head_s: 10,
             body_s: 60,
             idle_s: 300,
+            watchdog_s: 30,
             pool_mib: 1024,
             orphan_s: 600,
         }
+    }
+}
+
+impl Limits {
+    /// How long a sandbox goes unobserved while something is asked of it.
+    pub(crate) fn look_every(&self) -> Duration {
+        Duration::from_secs(self.watchdog_s) / 3
+    }
+
+    /// How long its process may then take to answer: with the look before it, as long as the watchdog waits.
+    pub(crate) fn patience(&self) -> Duration {
+        Duration::from_secs(self.watchdog_s) * 2 / 3
     }
 }
 
@@ -287,6 +302,7 @@ impl Config {
         need(self.limits.head_s >= 1, "limits.head_s", "must be 1 or more")?;
         need(self.limits.body_s >= 1, "limits.body_s", "must be 1 or more")?;
         need(self.limits.idle_s >= 1, "limits.idle_s", "must be 1 or more")?;
+        need(self.limits.watchdog_s >= 3, "limits.watchdog_s", "must be 3 or more")?;
         need(self.limits.requests_per_s >= 0.0, "limits.requests_per_s", "must be 0 or more")?;
         need(self.prices.vcpu_hour_cents >= 0.0, "prices.vcpu_hour_cents", "must be 0 or more")?;
         need(self.prices.gib_hour_cents >= 0.0, "prices.gib_hour_cents", "must be 0 or more")

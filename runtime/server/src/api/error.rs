@@ -104,6 +104,8 @@ codes! {
     Unavailable = "unavailable", SERVICE_UNAVAILABLE;
     /// The audit log cannot be written, so nothing was done.
     Audit = "audit_unavailable", SERVICE_UNAVAILABLE;
+    /// The sandbox's microVM stands still.
+    Stuck = "sandbox_stuck", GATEWAY_TIMEOUT;
     /// It took too long.
     Timeout = "timeout", GATEWAY_TIMEOUT;
     /// A disk is full, the host's or the sandbox's.
@@ -177,6 +179,7 @@ impl From<ServiceError> for ApiError {
             ServiceError::Capacity { .. } => Code::Capacity,
             ServiceError::Unavailable { .. } => Code::Unavailable,
             ServiceError::Timeout { .. } => Code::Timeout,
+            ServiceError::Stuck => Code::Stuck,
             ServiceError::NoSpace { .. } => Code::NoSpace,
             ServiceError::PortClosed { .. } => Code::NoPort,
             ServiceError::KeyReused => Code::KeyReused,

@@ -1,14 +1,15 @@
 //! Files of a sandbox, streamed both ways; the audit log of one.
 
-use super::body::{Body, BrokeOff};
+use super::body::{Body, BrokeOff, Sink};
 use super::error::{ApiError, Code};
 use super::types::{FileDetails, Listing, Written};
 use super::{Answer, Asked, json, request};
 use crate::executor;
-use crate::service::{FileStat, Reading};
+use crate::service::{FileStat, Reading, ServiceError};
 use bytes::Bytes;
 use hyper::Response;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
+use std::rc::Rc;
 use std::time::Duration;
 
 fn path(asked: &Asked) -> Result<String, ApiError> {
@@ -36,16 +37,25 @@ pub(crate) async fn upload(mut asked: Asked, id: &str) -> Answer {
 
 pub(crate) async fn download(asked: Asked, id: &str) -> Answer {
     let (sandbox, path) = (asked.sandbox(id)?, path(&asked)?);
-    let mut reading = asked.app.service.read_file(&sandbox, &path).await?;
+    let service = Rc::clone(&asked.app.service);
+    let mut reading = service.read_file(&sandbox, &path).await?;
     let FileStat { size_bytes, mode, mtime_s } = reading.stat;
     // The first bytes are waited for: an error then is a status and not a broken body.
     let first = reading.next().await?;
     let (sink, body) = Body::stream();
     executor::spawn(async move {
-        if let Some(first) = first
-            && sink.send(Ok(first)).await.is_ok()
-        {
-            pass_on(reading, sink).await;
+        let Some(first) = first else { return };
+        if sink.send(Ok(first)).await.is_err() {
+            return;
+        }
+        let end = tokio::select! {
+            biased;
+            end = pass_on(reading, &sink) => end,
+            error = service.stuck(&sandbox) => Err(error),
+        };
+        if let Err(error) = end {
+            tracing::debug!(%error, "a download broke off");
+            let _ = sink.send(Err(BrokeOff)).await;
         }
     });
     let mut response = Response::new(body);
@@ -60,21 +70,14 @@ pub(crate) async fn download(asked: Asked, id: &str) -> Answer {
     Ok(response)
 }
 
-async fn pass_on(mut reading: Reading, sink: super::body::Sink) {
-    loop {
-        let sent = match reading.next().await {
-            Ok(Some(bytes)) => sink.send(Ok(bytes)).await,
-            Ok(None) => return,
-            Err(error) => {
-                tracing::debug!(%error, "a download broke off");
-                let _ = sink.send(Err(BrokeOff)).await;
-                return;
-            }
-        };
-        if sent.is_err() {
-            return;
+/// Ends well when the client has gone, too.
+async fn pass_on(mut reading: Reading, sink: &Sink) -> Result<(), ServiceError> {
+    while let Some(bytes) = reading.next().await? {
+        if sink.send(Ok(bytes)).await.is_err() {
+            break;
         }
     }
+    Ok(())
 }
 
 pub(crate) async fn list(asked: Asked, id: &str) -> Answer {

@@ -196,7 +196,8 @@ async fn route(app: &Rc<App>, parts: Parts, body: Incoming, asker: &Cell<Option<
     if let Some(target) = proxy::anonymous(&parts, &app.service.config.domain) {
         let (id, port, path) = target?;
         let sandbox = app.service.sandbox_of_port(&id)?;
-        return proxy::pass_on(app, &sandbox, port, &path, parts, body).await;
+        let passing = proxy::pass_on(app, &sandbox, port, &path, parts, body);
+        return app.service.unless_stuck(&sandbox, Box::pin(passing)).await;
     }
     let path = parts.uri.path().to_owned();
     let segments: Vec<&str> = path.split('/').skip(1).collect();
@@ -213,13 +214,31 @@ async fn route(app: &Rc<App>, parts: Parts, body: Incoming, asker: &Cell<Option<
     let limits = &app.service.config.limits;
     let (per_s, burst) = (limits.requests_per_s, limits.request_burst);
     app.rates.borrow_mut().take(&tenant, per_s, burst, Instant::now())?;
-    let method = parts.method.clone();
+    let watched = watched(&segments[1..]).and_then(|id| app.service.sandbox(&tenant, id).ok());
     let asked = Asked { app: Rc::clone(app), tenant, parts, body };
-    let segments = &segments[1..];
+    let answering = with_key(asked, &segments[1..]);
+    match watched {
+        // Boxed: most requests are short, and their sandboxes well.
+        Some(sandbox) => app.service.unless_stuck(&sandbox, Box::pin(answering)).await,
+        None => answering.await,
+    }
+}
+
+/// The sandbox without whose microVM this cannot be answered. Verbs that go on without their client end by themselves,
+/// and their answer is what became of them: one that was said to be given up must not be done after that.
+fn watched<'s>(segments: &[&'s str]) -> Option<&'s str> {
+    match segments {
+        ["runs", _, "audit" | "fork" | "snapshot" | "hibernate" | "resume"] => None,
+        ["runs", id, _, ..] => Some(id),
+        _ => None,
+    }
+}
+
+async fn with_key(asked: Asked, segments: &[&str]) -> Answer {
     if let ["runs", id, "proxy", port, ..] = segments {
         return proxy::with_key(asked, id, port).await;
     }
-    match (method, segments) {
+    match (asked.parts.method.clone(), segments) {
         (Method::POST, ["runs"]) => runs::create(asked).await,
         (Method::GET, ["runs"]) => Ok(runs::list(&asked)),
         (Method::GET, ["runs", "history"]) => runs::history(&asked),

@@ -81,7 +81,7 @@ pub(crate) fn terminal(asked: Asked, id: &str) -> Answer {
     Ok(response)
 }
 
-async fn serve_terminal(service: &Service, sandbox: &Sandbox, socket: Socket, process: Process) {
+async fn serve_terminal(service: &Service, sandbox: &Rc<Sandbox>, socket: Socket, process: Process) {
     let Process { mut output, input } = process;
     let (mut to_client, mut from_client): (SplitSink<Socket, Message>, SplitStream<Socket>) = socket.split();
     let up = async {
@@ -122,10 +122,15 @@ async fn serve_terminal(service: &Service, sandbox: &Sandbox, socket: Socket, pr
         let _ = to_client.close().await;
         Some(code)
     };
-    let code = tokio::select! {
-        () = up => None,
-        code = down => code,
+    let (code, stuck) = tokio::select! {
+        () = up => (None, None),
+        code = down => (code, None),
+        error = service.stuck(sandbox) => (None, Some(error)),
     };
+    if let Some(error) = stuck {
+        let gone = serde_json::json!({ "type": "error", "error": error.to_string() });
+        let _ = to_client.send(text(&gone)).await;
+    }
     // The terminal goes with its connection: what still runs on it is killed.
     drop(output);
     let _ = service.exited(sandbox, code);
@@ -137,15 +142,17 @@ pub(crate) async fn shell(asked: Asked, id: &str) -> Answer {
     let (response, socket) = upgrade(asked)?;
     executor::spawn(async move {
         let Some(mut socket) = socket.await else { return };
-        match service.shell(&sandbox).await {
+        let served = match service.unless_stuck(&sandbox, service.shell(&sandbox)).await {
             // A session ends with its sandbox, though its client says nothing.
             Ok(session) => tokio::select! {
-                () = serve_shell(session, &mut socket) => {}
-                _ = conversation.ended() => {}
+                () = serve_shell(session, &mut socket) => Ok(()),
+                _ = conversation.ended() => Ok(()),
+                error = service.stuck(&sandbox) => Err(error),
             },
-            Err(error) => {
-                let _ = socket.send(text(&ShellAnswer::error(&error.to_string()))).await;
-            }
+            Err(error) => Err(error),
+        };
+        if let Err(error) = served {
+            let _ = socket.send(text(&ShellAnswer::error(&error.to_string()))).await;
         }
         let _ = socket.close(None).await;
         let _ = service.exited(&sandbox, None);

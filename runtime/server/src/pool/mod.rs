@@ -18,6 +18,7 @@ use prewarm::{Action, Cause, Checkout, Depth, Limits, Policy, SlotId, Ticket};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::{mpsc, oneshot};
 
@@ -31,6 +32,25 @@ pub struct Source {
     pub dir: PathBuf,
     /// Its disks.
     pub disks: Vec<DiskConfig>,
+    /// Who makes it good again when a worker refuses it. `None`: nobody can.
+    pub mender: Option<Mender>,
+}
+
+/// Has a template looked at as its clones will, and made again if it is damaged or does not fit. May block as long as a boot.
+#[derive(Clone)]
+pub struct Mender(Arc<dyn Fn() -> Result<(), String> + Send + Sync>);
+
+impl Mender {
+    /// One that does it so, or says why it cannot.
+    pub fn new(mend: impl Fn() -> Result<(), String> + Send + Sync + 'static) -> Self {
+        Self(Arc::new(mend))
+    }
+}
+
+impl std::fmt::Debug for Mender {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Mender")
+    }
 }
 
 /// What a caller gets.
@@ -77,6 +97,7 @@ enum Order {
     Stats { key: TemplateKey, reply: oneshot::Sender<Option<PoolStats>> },
     Built { slot: SlotId, result: Result<Shell, WorkerError> },
     Destroyed { slot: SlotId },
+    Mended { template: TemplateKey, result: Result<(), String> },
     Drain { done: oneshot::Sender<()> },
 }
 
@@ -93,16 +114,17 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// An empty pool whose workers are `program worker`.
+    /// An empty pool whose workers are `program worker`, and answer within `patience`.
     ///
     /// # Errors
     /// If a limit is out of range.
-    pub fn start(limits: Limits, program: PathBuf) -> Result<Self, PoolError> {
+    pub fn start(limits: Limits, program: PathBuf, patience: Duration) -> Result<Self, PoolError> {
         let pool = prewarm::Pool::new(limits)?;
         let (orders, receiver) = mpsc::unbounded_channel();
         let owner = Owner {
             pool,
             program,
+            patience,
             epoch: Instant::now(),
             sources: HashMap::new(),
             shells: HashMap::new(),
@@ -173,6 +195,7 @@ struct Waiting {
 struct Owner {
     pool: prewarm::Pool<TemplateKey>,
     program: PathBuf,
+    patience: Duration,
     epoch: Instant,
     sources: HashMap<TemplateKey, Source>,
     shells: HashMap<SlotId, Shell>,
@@ -246,6 +269,12 @@ impl Owner {
             Order::Destroyed { slot } => {
                 let _ = self.pool.destroyed(now, slot);
             }
+            Order::Mended { template, result } => {
+                if let Err(why) = &result {
+                    tracing::error!(%template, why, "a template cannot be made again");
+                }
+                self.pool.rebuilt(now, &template, result.map_err(Cause::Template));
+            }
             Order::Drain { done } => {
                 self.pool.drain(now);
                 self.drained = Some(done);
@@ -310,18 +339,30 @@ impl Owner {
                     }
                 }
                 Action::Rebuild { template, cause } => {
-                    tracing::error!(%template, %cause, "a template cannot be restored; it is tried again");
-                    self.pool.rebuilt(self.epoch.elapsed(), &template, Ok(()));
+                    tracing::error!(%template, %cause, "a template is refused: it is made again if it must be");
+                    self.mend(template);
                 }
             }
         }
+    }
+
+    fn mend(&mut self, template: TemplateKey) {
+        let mender = self.sources.get(&template).and_then(|source| source.mender.clone());
+        let (Some(orders), Some(Mender(mend))) = (self.orders.upgrade(), mender) else {
+            self.pool.rebuilt(self.epoch.elapsed(), &template, Ok(()));
+            return;
+        };
+        executor::spawn(async move {
+            let result = executor::in_the_background(move || mend()).await;
+            let _ = orders.send(Order::Mended { template, result });
+        });
     }
 
     fn build(&mut self, slot: SlotId, template: &TemplateKey, to: Depth) {
         let (Some(orders), source) = (self.orders.upgrade(), self.sources.get(template).cloned()) else {
             return;
         };
-        let (program, begun) = (self.program.clone(), self.shells.remove(&slot));
+        let (program, begun, patience) = (self.program.clone(), self.shells.remove(&slot), self.patience);
         let wanted_now = !self.waiting.is_empty();
         executor::spawn(async move {
             if !wanted_now {
@@ -330,7 +371,7 @@ impl Owner {
             let result = executor::in_the_background(move || {
                 let shell = match begun {
                     Some(shell) => shell,
-                    None => Shell::spawn(&program)?,
+                    None => Shell::spawn(&program, patience)?,
                 };
                 match (to, source) {
                     (Depth::Parked, Some(source)) => shell.park(&source),

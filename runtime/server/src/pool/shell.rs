@@ -6,6 +6,7 @@ use peregrine_vmm::agent::Identity;
 use peregrine_vmm::worker::{Going, Parked, Rendezvous, Worker, WorkerError};
 use std::ffi::OsStr;
 use std::path::Path;
+use std::time::Duration;
 
 /// A value whose end blocks (a killed process is waited for): it ends on a thread that may block.
 #[derive(Debug)]
@@ -51,12 +52,12 @@ enum Stage {
 }
 
 impl Shell {
-    /// A process without a guest.
+    /// A process without a guest; how long it may take to answer from now on.
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn spawn(program: &Path) -> Result<Self, WorkerError> {
-        let worker = Worker::spawn(program, &[OsStr::new("worker")])?;
+    pub fn spawn(program: &Path, patience: Duration) -> Result<Self, WorkerError> {
+        let worker = Worker::spawn(program, &[OsStr::new("worker")])?.with_patience(patience)?;
         Ok(Self(Held::new(Stage::Empty(worker))))
     }
 

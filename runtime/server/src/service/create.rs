@@ -109,6 +109,11 @@ impl Service {
                     tracing::warn!(%error, "a worker of the pool is gone");
                     left -= 1;
                 }
+                Err(error @ WorkerError::Stuck) if left > 0 => {
+                    tracing::warn!(%error, "a worker of the pool is stuck");
+                    // It took long to find out.
+                    left = 0;
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -203,7 +208,8 @@ impl Service {
         for sandbox in made {
             self.journal.append(&sandbox.tenant, &sandbox.id, event, data.clone())?;
         }
-        let rows: Vec<_> = made.iter().map(|sandbox| self.row(sandbox)).collect();
+        // They have used nothing yet: two files of /proc are not read for that.
+        let rows: Vec<_> = made.iter().map(|sandbox| self.row_with(sandbox, Usage::default())).collect();
         self.registry.put_runs(&rows)?;
         for sandbox in made {
             self.sandboxes.borrow_mut().insert(Rc::clone(&sandbox.id), Rc::clone(sandbox));

@@ -84,6 +84,11 @@ pub enum ServiceError {
         /// The limit.
         limit: Duration,
     },
+    /// The microVM's process stands still.
+    #[error(
+        "the sandbox is stuck: its microVM's process does not answer; it may come back, and can be destroyed"
+    )]
+    Stuck,
     /// Nothing listens there.
     #[error("nothing listens on port {port} of the sandbox")]
     PortClosed {
@@ -177,21 +182,28 @@ impl From<PoolError> for ServiceError {
 impl From<WorkerError> for ServiceError {
     fn from(error: WorkerError) -> Self {
         tracing::error!(%error, "worker");
-        let text = error.to_string();
-        if text.contains("No space left") {
-            return Self::NoSpace { place: "on the host" };
+        match error {
+            WorkerError::NoSpace(_) => Self::NoSpace { place: "on the host" },
+            WorkerError::Stuck => Self::Stuck,
+            WorkerError::Io(error) if is_full(&error) => Self::NoSpace { place: "on the host" },
+            other => {
+                let why = format!("the microVM's process: {other}");
+                Self::Unavailable { why, retry_after: Duration::from_secs(1) }
+            }
         }
-        let why = format!("the microVM's process: {text}");
-        Self::Unavailable { why, retry_after: Duration::from_secs(1) }
     }
 }
 
 impl From<std::io::Error> for ServiceError {
     fn from(error: std::io::Error) -> Self {
         tracing::error!(%error, "host");
-        match error.kind() {
-            std::io::ErrorKind::StorageFull => Self::NoSpace { place: "on the host" },
-            _ => Self::Unavailable { why: format!("the host: {error}"), retry_after: Duration::from_secs(1) },
+        if is_full(&error) {
+            return Self::NoSpace { place: "on the host" };
         }
+        Self::Unavailable { why: format!("the host: {error}"), retry_after: Duration::from_secs(1) }
     }
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
 }

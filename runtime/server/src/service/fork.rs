@@ -3,6 +3,7 @@
 use super::create::{begin_conversation, identity};
 use super::sandbox::{Begun, Place, Running, Sandbox};
 use super::{Service, ServiceError, ids};
+use crate::conversation::Paused;
 use crate::executor;
 use crate::registry::MadeWith;
 use jiff::Timestamp;
@@ -27,7 +28,7 @@ impl Service {
             return Err(ServiceError::bad("count", format!("{count}, but must be 1 to {MOST_CHILDREN}")));
         }
         let begun = Instant::now();
-        let _turn = sandbox.turn().await;
+        let _turn = self.turn_on(sandbox).await?;
         let _activity = sandbox.activity();
         let running = sandbox.running()?;
         self.admit(&sandbox.tenant, count, &sandbox.spec.shape)?;
@@ -36,7 +37,8 @@ impl Service {
             let id = ids::run_id(self.config.node)?;
             names.push((identity(&id)?, self.place(&id), id));
         }
-        let children = fork_running(&running, names).await.map_err(|error| gone(sandbox, error))??;
+        let paused = self.pause(sandbox, &running).await.map_err(|error| gone(sandbox, error))??;
+        let children = fork_running(&running, paused, names).await?;
         let mut made = Vec::with_capacity(count);
         for (id, guest) in children {
             let spec = super::Spec { timeout: sandbox.timeout(), ..sandbox.spec.clone() };
@@ -63,17 +65,14 @@ type Child = (String, Begun);
 /// Forks the worker while the conversation stands still; the children take their identities beside it.
 async fn fork_running(
     running: &Running,
+    paused: Paused,
     names: Vec<(Identity, Place, String)>,
-) -> Result<Result<Vec<Child>, WorkerError>, crate::conversation::Ended> {
-    let paused = running.conversation.pause().await?;
+) -> Result<Vec<Child>, WorkerError> {
     let (state, count) = (paused.state.clone(), names.len());
     let forked = running.with_worker(move |worker| worker.begin_fork(state, count)).await;
     // The parent's conversation goes on; what the children need is in their own state.
     drop(paused);
-    let forking = match forked {
-        Ok(forking) => forking,
-        Err(error) => return Ok(Err(error)),
-    };
+    let forking = forked?;
     let begin = move || {
         let fork = forking.finish()?;
         fork.children
@@ -86,7 +85,7 @@ async fn fork_running(
             })
             .collect()
     };
-    Ok(executor::blocking(begin).await)
+    executor::blocking(begin).await
 }
 
 pub(super) fn gone(sandbox: &Sandbox, ended: crate::conversation::Ended) -> ServiceError {

@@ -15,7 +15,7 @@ impl Service {
     /// # Errors
     /// Why not; then it runs on.
     pub async fn hibernate(self: &Rc<Self>, sandbox: &Rc<Sandbox>) -> Result<(), ServiceError> {
-        let _turn = sandbox.turn().await;
+        let _turn = self.turn_on(sandbox).await?;
         // Asked twice, it sleeps.
         if matches!(*sandbox.state.borrow(), State::Hibernated(_)) {
             return Ok(());
@@ -24,7 +24,8 @@ impl Service {
         // Never the directory of an earlier sleep: until this one is complete, that is the old state.
         let name = format!("{}-{}", sandbox.id, ids::random_digits(8)?);
         let dir = self.state.join("hibernated").join(name);
-        save(&running, &dir, After::StandStill).await.map_err(|ended| gone(sandbox, ended))??;
+        let paused = self.pause(sandbox, &running).await.map_err(|ended| gone(sandbox, ended))??;
+        save(&running, paused, &dir, After::StandStill).await?;
         let logged = self.journal.append(&sandbox.tenant, &sandbox.id, "sandbox.hibernated", json!({}));
         if let Err(error) = logged {
             remove_dir(dir);

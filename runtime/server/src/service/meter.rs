@@ -4,6 +4,7 @@
 
 use crate::registry::RunningRow;
 use peregrine_vmm::worker::monotonic_ns;
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 /// What it has used so far.
@@ -22,30 +23,50 @@ pub struct Usage {
 pub(super) struct Meter {
     /// Of workers that have gone.
     before: Usage,
-    /// Since when the present one runs, and its process.
-    running: Option<(Instant, u32)>,
+    running: Option<Running>,
+    /// The process of the last worker, and the CPU time that was counted of it.
+    last: Option<(u32, Duration)>,
+}
+
+/// The present worker.
+#[derive(Debug)]
+struct Running {
+    since: Instant,
+    pid: u32,
+    /// CPU time and memory when its process was last looked at: what it has used stays used when it is gone.
+    seen: Cell<(Duration, u64)>,
+    /// CPU time of it that is counted already: its end had been announced and did not come.
+    counted: Duration,
 }
 
 impl Meter {
     /// One that has counted `before` already; it stands still.
     #[must_use]
     pub(super) fn new(before: Usage) -> Self {
-        Self { before, running: None }
+        Self { before, running: None, last: None }
     }
 
     /// A worker runs from now on.
     pub(super) fn start(&mut self, pid: u32) {
-        self.running = Some((Instant::now(), pid));
+        self.start_at(Instant::now(), pid);
+    }
+
+    fn start_at(&mut self, now: Instant, pid: u32) {
+        // Of one that ran until now nothing is lost.
+        self.stop_at(now);
+        let counted =
+            self.last.filter(|(last, _)| *last == pid).map(|(_, counted)| counted).unwrap_or_default();
+        self.running = Some(Running { since: now, pid, seen: Cell::default(), counted });
     }
 
     /// What the next daemon needs to go on counting while the worker runs.
     pub(super) fn running(&self) -> Option<RunningRow> {
-        let (since, _) = self.running?;
+        let Running { since, counted, .. } = self.running.as_ref()?;
         let now_ns = u128::from(monotonic_ns());
         Some(RunningRow {
             since_ns: narrow(now_ns.saturating_sub(since.elapsed().as_nanos())),
             ran_ms: narrow(self.before.ran.as_millis()),
-            cpu_ms: narrow(self.before.cpu.as_millis()),
+            cpu_ms: narrow(self.before.cpu.saturating_sub(*counted).as_millis()),
             mem_peak_bytes: self.before.mem_peak_bytes,
         })
     }
@@ -59,25 +80,39 @@ impl Meter {
             cpu: Duration::from_millis(row.cpu_ms),
             mem_peak_bytes: row.mem_peak_bytes,
         };
-        Self { before, running: Some((instant_of(row.since_ns), pid)) }
+        let since = instant_of(row.since_ns);
+        let running = Running { since, pid, seen: Cell::default(), counted: Duration::ZERO };
+        Self { running: Some(running), ..Self::new(before) }
     }
 
     /// What it has used up to now.
     #[must_use]
     pub(super) fn read(&self) -> Usage {
-        let Some((since, pid)) = self.running else { return self.before };
-        let (cpu, mem_peak_bytes) = of_process(pid).unwrap_or_default();
+        self.read_at(Instant::now())
+    }
+
+    fn read_at(&self, now: Instant) -> Usage {
+        let Some(Running { since, pid, seen, counted }) = &self.running else { return self.before };
+        if let Some((cpu, mem_peak_bytes)) = of_process(*pid) {
+            // A number that went to another process must not take anything back.
+            seen.set((cpu.max(seen.get().0), mem_peak_bytes.max(seen.get().1)));
+        }
+        let (cpu, mem_peak_bytes) = seen.get();
         Usage {
-            ran: self.before.ran + since.elapsed(),
-            cpu: self.before.cpu + cpu,
+            ran: self.before.ran + now.saturating_duration_since(*since),
+            cpu: self.before.cpu + cpu.saturating_sub(*counted),
             mem_peak_bytes: self.before.mem_peak_bytes.max(mem_peak_bytes),
         }
     }
 
     /// The worker is about to go: after this nothing is counted.
     pub(super) fn stop(&mut self) -> Usage {
-        self.before = self.read();
-        self.running = None;
+        self.stop_at(Instant::now())
+    }
+
+    fn stop_at(&mut self, now: Instant) -> Usage {
+        self.before = self.read_at(now);
+        self.last = self.running.take().map(|running| (running.pid, running.seen.get().0)).or(self.last);
         self.before
     }
 }
@@ -110,6 +145,9 @@ fn of_process(pid: u32) -> Option<(Duration, u64)> {
 #[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+    use proptest::sample::select;
 
     #[test]
     fn what_a_stopped_meter_has_counted_stays_and_a_new_worker_adds_to_it() {
@@ -133,5 +171,73 @@ mod tests {
         // A process that is gone costs nothing more.
         meter.start(u32::MAX);
         assert!(meter.read().cpu == stopped.cpu);
+    }
+
+    #[test]
+    fn what_a_worker_had_used_when_it_was_last_looked_at_is_not_lost_with_it() {
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+        let mut meter = Meter::new(Usage::default());
+        meter.start(child.id());
+        let seen = meter.read();
+        assert!(seen.mem_peak_bytes > 0);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_eq!(meter.read().mem_peak_bytes, seen.mem_peak_bytes);
+        assert_eq!(meter.stop().mem_peak_bytes, seen.mem_peak_bytes);
+    }
+
+    #[test]
+    fn a_worker_whose_end_was_announced_and_did_not_come_is_not_counted_twice() {
+        let cpu = || of_process(std::process::id()).unwrap().0;
+        while cpu() < Duration::from_millis(50) {}
+        let mut meter = Meter::new(Usage::default());
+        meter.start(std::process::id());
+        let stopped = meter.stop();
+        assert!(stopped.cpu >= Duration::from_millis(50));
+        meter.start(std::process::id());
+        let again = meter.read();
+        assert!(again.cpu <= cpu(), "{again:?}");
+    }
+
+    /// What may come to a meter, each after so many milliseconds.
+    #[derive(Debug, Clone, Copy)]
+    enum Step {
+        Start,
+        Stop,
+        Read,
+        Note,
+        /// The daemon is killed: the next one has the row as it was noted last.
+        Crash,
+    }
+
+    proptest! {
+        #[test]
+        fn each_millisecond_is_counted_once_whatever_comes(
+            steps in vec((0u64..100_000, select(vec![Step::Start, Step::Stop, Step::Read, Step::Note, Step::Crash])), 0..40)
+        ) {
+            let (mut meter, mut now) = (Meter::new(Usage::default()), Instant::now());
+            let (mut ran, mut running, mut noted) = (Duration::ZERO, false, Duration::ZERO);
+            for (later_ms, step) in steps {
+                let later = Duration::from_millis(later_ms);
+                now += later;
+                ran += if running { later } else { Duration::ZERO };
+                match step {
+                    Step::Start => { meter.start_at(now, u32::MAX); running = true; }
+                    Step::Stop => { meter.stop_at(now); running = false; }
+                    Step::Read => {}
+                    Step::Note => noted = meter.read_at(now).ran,
+                    Step::Crash => {
+                        meter = Meter::new(Usage { ran: noted, ..Usage::default() });
+                        // In the customer's favour.
+                        prop_assert!(noted <= ran);
+                        (ran, running) = (noted, false);
+                    }
+                }
+                prop_assert_eq!(meter.read_at(now).ran, ran);
+                // A clock that stands still, or is looked at late, takes nothing back.
+                let earlier = meter.read_at(now - later.min(Duration::from_millis(1))).ran;
+                prop_assert!(earlier <= ran);
+            }
+        }
     }
 }

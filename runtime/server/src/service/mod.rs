@@ -27,6 +27,7 @@ mod snapshot;
 mod stream;
 mod templates;
 mod usage;
+mod watchdog;
 
 pub use create::{CreateRequest, idleness};
 pub use destroy::Destroyed;
@@ -96,6 +97,7 @@ pub struct Service {
     pub(crate) journal: Journal,
     templates: Templates,
     streams: stream::Streams,
+    watches: watchdog::Watches,
     pools: RefCell<BTreeMap<String, pools::Kept>>,
     sandboxes: RefCell<HashMap<Rc<str>, Rc<Sandbox>>>,
     /// Sandboxes that are being made: they count against the limits.
@@ -133,12 +135,13 @@ impl Service {
         let limits =
             prewarm::Limits { max_bytes: config.limits.pool_mib << 20, ..prewarm::Limits::default() };
         let service = Rc::new(Self {
-            pool: Pool::start(limits, program.clone())?,
+            pool: Pool::start(limits, program.clone(), config.limits.patience())?,
             program,
             registry: Registry::open(&state.join("registry.db"))?,
             journal: Journal::open(&state.join("audit")).map_err(failed)?,
             templates: Templates::new(artefacts),
             streams: stream::Streams::default(),
+            watches: watchdog::Watches::default(),
             pools: RefCell::default(),
             sandboxes: RefCell::default(),
             making: Cell::new(0),
@@ -155,6 +158,7 @@ impl Service {
                 let Some(service) = sweeping.upgrade() else { return };
                 service.end_idle();
                 service.note_some();
+                service.watches.tidy();
             }
         });
         let sealing = Rc::downgrade(&service);
@@ -244,8 +248,12 @@ impl Service {
     }
 
     fn row(&self, sandbox: &Sandbox) -> RunRow {
+        self.row_with(sandbox, sandbox.usage())
+    }
+
+    fn row_with(&self, sandbox: &Sandbox, usage: Usage) -> RunRow {
         let prices = self.config.prices;
-        sandbox.row(|spec, ran| prices.cents(spec.shape.vcpus, spec.shape.mem_mib, ran))
+        sandbox.row(usage, |spec, ran| prices.cents(spec.shape.vcpus, spec.shape.mem_mib, ran))
     }
 
     fn end_idle(self: &Rc<Self>) {

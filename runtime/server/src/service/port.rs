@@ -27,7 +27,11 @@ impl Service {
     ///
     /// # Errors
     /// [`ServiceError::PortClosed`] if nothing listens.
-    pub async fn connect(&self, sandbox: &Rc<Sandbox>, port: u16) -> Result<DuplexStream, ServiceError> {
+    pub async fn connect(
+        self: &Rc<Self>,
+        sandbox: &Rc<Sandbox>,
+        port: u16,
+    ) -> Result<DuplexStream, ServiceError> {
         let activity = sandbox.activity();
         let conversation = sandbox.running()?.conversation;
         let started = conversation.tool("connect", port.to_string().as_bytes(), true);
@@ -55,6 +59,7 @@ impl Service {
             }
         };
         let touch_down = touch.clone();
+        let (service, watched) = (Rc::clone(self), Rc::clone(sandbox));
         executor::spawn(async move {
             let up = async {
                 let mut buffer = vec![0; PIPE_BYTES / 4];
@@ -86,6 +91,8 @@ impl Service {
             tokio::select! {
                 () = up => {}
                 () = down => {}
+                // Whoever reads from it sees it break off.
+                _ = service.stuck(&watched) => {}
             }
         });
         Ok(ours)

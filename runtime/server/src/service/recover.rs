@@ -59,7 +59,8 @@ impl Service {
         let missing = || ServiceError::Internal("its row does not say where it is".to_owned());
         let (place, meter) = row.found_at.as_ref().zip(row.running.as_ref()).ok_or_else(missing)?;
         let path = self.state.join(WORKERS).join(place);
-        let Attached { worker, pid, connection, position, unread } = Worker::attach(&path)?;
+        let Attached { worker, pid, connection, position, unread } =
+            Worker::attach(&path, self.config.limits.patience())?;
         let sandbox = sandbox_of(row).ok_or_else(missing)?;
         let taped = |(_, found): &(String, Found<Header>)| {
             let goes_on = !found.tape.is_over() && found.header.is_fed(found.stdin_done);
@@ -106,7 +107,7 @@ impl Service {
         for entry in std::fs::read_dir(self.state.join(WORKERS)).into_iter().flatten().flatten() {
             if !known.contains(&entry.file_name()) {
                 let place = Rendezvous::of_worker(entry.path());
-                if let Ok(attached) = Worker::attach(place.path()) {
+                if let Ok(attached) = Worker::attach(place.path(), self.config.limits.patience()) {
                     tracing::info!(pid = attached.pid, "a worker of no sandbox");
                 }
             }

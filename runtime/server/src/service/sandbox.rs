@@ -255,9 +255,8 @@ impl Sandbox {
         ServiceError::WrongState { id: self.id.to_string(), state: self.status(), hint }
     }
 
-    /// Its row as of now; `prices` are per its time so far.
-    pub(super) fn row(&self, cost_cents: impl FnOnce(&Spec, Duration) -> f64) -> RunRow {
-        let usage = self.usage();
+    /// Its row with this usage; `cost_cents` is what its time so far costs.
+    pub(super) fn row(&self, usage: Usage, cost_cents: impl FnOnce(&Spec, Duration) -> f64) -> RunRow {
         let state = self.state.borrow();
         let ended = matches!(*state, State::Lost(_) | State::Ended);
         RunRow {

@@ -6,6 +6,7 @@ use super::fork::gone;
 use super::sandbox::{Begun, Running, Sandbox, Spec, Tenant};
 use super::templates::Shape;
 use super::{Service, ServiceError, ids};
+use crate::conversation::Paused;
 use crate::executor;
 use crate::pool::{Shell, Source};
 use crate::registry::SnapshotRow;
@@ -27,12 +28,13 @@ impl Service {
     /// # Errors
     /// Why not; then nothing of it is left, and the sandbox is as it was.
     pub async fn snapshot(self: &Rc<Self>, sandbox: &Rc<Sandbox>) -> Result<SnapshotRow, ServiceError> {
-        let _turn = sandbox.turn().await;
+        let _turn = self.turn_on(sandbox).await?;
         let _activity = sandbox.activity();
         let running = sandbox.running()?;
         let id = ids::snapshot_id(self.config.node)?;
         let dir = self.state.join("snapshots").join(&id);
-        save(&running, &dir, After::GoOn).await.map_err(|ended| gone(sandbox, ended))??;
+        let paused = self.pause(sandbox, &running).await.map_err(|ended| gone(sandbox, ended))??;
+        save(&running, paused, &dir, After::GoOn).await?;
         let spec = &sandbox.spec;
         let row = SnapshotRow {
             size_bytes: size_bytes(&dir),
@@ -111,13 +113,15 @@ impl Service {
 
     /// Restores what lies in `dir` into a new worker, after checking that it is whole.
     pub(super) async fn wake(&self, shape: &Shape, dir: &Path, id: &str) -> Result<Begun, ServiceError> {
-        let source = Source { dir: dir.to_owned(), disks: self.templates.disks(&shape.image) };
+        let disks = self.templates.disks(&shape.image);
+        let source = Source { dir: dir.to_owned(), disks, mender: None };
         let (identity, program, place) = (identity(id)?, self.program.clone(), self.place(id));
+        let patience = self.config.limits.patience();
         let begin = move || {
             let verified = Stored::open(&source.dir).and_then(|stored| stored.verify_memory());
             verified.map_err(|error| WorkerError::Refused(error.to_string()))?;
             let rendezvous = place.make()?;
-            let (going, pid) = Shell::spawn(&program)?.begin(&source, &identity, &rendezvous)?;
+            let (going, pid) = Shell::spawn(&program, patience)?.begin(&source, &identity, &rendezvous)?;
             Ok(Begun { going, pid, rendezvous })
         };
         executor::blocking(begin).await.map_err(|error| match error {
@@ -136,23 +140,18 @@ pub(super) enum After {
     StandStill,
 }
 
-/// Saves what runs in `dir`, durably. The outer error: it has ended.
+/// Saves what runs in `dir`, durably.
 pub(super) async fn save(
     running: &Running,
+    paused: Paused,
     dir: &Path,
     after: After,
-) -> Result<Result<(), ServiceError>, crate::conversation::Ended> {
-    if let Some(parent) = dir.parent()
-        && let Err(error) = std::fs::create_dir_all(parent)
-    {
-        return Ok(Err(error.into()));
+) -> Result<(), ServiceError> {
+    if let Some(parent) = dir.parent() {
+        std::fs::create_dir_all(parent)?;
     }
-    let paused = running.conversation.pause().await?;
     let (state, dir, partial) = (paused.state.clone(), dir.to_owned(), partial(dir));
-    let saving = match running.with_worker(move |worker| worker.begin_snapshot(state, &dir)).await {
-        Ok(saving) => saving,
-        Err(error) => return Ok(Err(error.into())),
-    };
+    let saving = running.with_worker(move |worker| worker.begin_snapshot(state, &dir)).await?;
     let paused = (after == After::StandStill).then_some(paused);
     let saved = executor::blocking(move || saving.finish()).await;
     drop(paused);
@@ -160,7 +159,7 @@ pub(super) async fn save(
         // What a killed writer leaves.
         remove_dir(partial);
     }
-    Ok(saved.map(drop).map_err(ServiceError::from))
+    saved.map(drop).map_err(ServiceError::from)
 }
 
 /// Where a snapshot is written before it has its name.

@@ -154,13 +154,18 @@ impl Service {
         let (service, sandbox) = (Rc::clone(self), Rc::clone(sandbox));
         crate::executor::spawn(async move {
             let activity = sandbox.activity();
-            let pumping = pumped.pump(output, begun);
-            let left = limit.saturating_sub(begun.elapsed());
-            let last = match tokio::time::timeout(left, pumping).await {
-                Ok(Ok(code)) => StreamEvent::Exit { code, took_ms: millis(begun.elapsed()) },
-                Ok(Err(Ended(why))) => StreamEvent::Broken { code: "sandbox_lost", why: why.to_string() },
-                Err(_) => {
-                    StreamEvent::Broken { code: "timeout", why: format!("the command ran over {limit:?}") }
+            let pumping =
+                tokio::time::timeout(limit.saturating_sub(begun.elapsed()), pumped.pump(output, begun));
+            let last = tokio::select! {
+                ended = pumping => match ended {
+                    Ok(Ok(code)) => StreamEvent::Exit { code, took_ms: millis(begun.elapsed()) },
+                    Ok(Err(Ended(why))) => StreamEvent::Broken { code: "sandbox_lost", why: why.to_string() },
+                    Err(_) => {
+                        StreamEvent::Broken { code: "timeout", why: format!("the command ran over {limit:?}") }
+                    }
+                },
+                error = service.stuck(&sandbox) => {
+                    StreamEvent::Broken { code: "sandbox_stuck", why: error.to_string() }
                 }
             };
             let code = if let StreamEvent::Exit { code, .. } = &last { Some(*code) } else { None };

@@ -4,7 +4,7 @@ use super::ServiceError;
 use crate::artefacts::Artefacts;
 use crate::executor;
 use crate::images::Image;
-use crate::pool::{Pool, Source, TemplateKey};
+use crate::pool::{Mender, Pool, Source, TemplateKey};
 use crate::template;
 use peregrine_image::Lines;
 use peregrine_vmm::{DiskConfig, VmConfig};
@@ -107,12 +107,18 @@ impl Templates {
             profile: None,
         };
         let store = self.artefacts.store.clone();
+        let (mended, place) = (config.clone(), store.clone());
+        let mender = Mender::new(move || {
+            let clone = template::restore(&place, &mended, &mut Lines::new(std::io::stderr()));
+            clone.map(drop).map_err(|error| error.to_string())
+        });
         let (key, dir) = executor::blocking(move || {
             let stored = template::prepare(&store, &config, &mut Lines::new(std::io::stderr()))?;
             Ok::<_, template::TemplateError>((template::key(&config)?, stored.dir))
         })
         .await?;
-        Ok(Rc::new(Template { key: key.as_str().into(), source: Source { dir, disks } }))
+        let source = Source { dir, disks, mender: Some(mender) };
+        Ok(Rc::new(Template { key: key.as_str().into(), source }))
     }
 }
 

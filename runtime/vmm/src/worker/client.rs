@@ -5,16 +5,22 @@ use super::{Rendezvous, WorkerStats, rendezvous};
 use crate::agent::{Agent, AgentError, Identity};
 use crate::snapshot::{AgentState, Claim, SnapshotError};
 use crate::vm::DiskConfig;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::ffi::OsStr;
 use std::io;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
+/// A disk may take so many times as long as a process.
+const PATIENCES_FOR_THE_DISK: u32 = 20;
 /// A worker that does not answer its next owner for so long is stuck.
 const ATTACH_PATIENCE: Duration = Duration::from_secs(10);
 /// Most children of one fork.
@@ -45,6 +51,10 @@ pub enum WorkerError {
     /// The guest's agent failed.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// It did not answer in time: stopped, starved or hung. Its guest is as it was, or will be: a late answer is
+    /// thrown away.
+    #[error("the microVM's process does not answer")]
+    Stuck,
     /// More children than one fork may have.
     #[error("children: {0}, but must be 1 to {MOST_CHILDREN}")]
     Children(usize),
@@ -56,6 +66,12 @@ pub struct Worker {
     control: OwnedFd,
     /// `None` for a forked child: its parent worker is its parent process, which does not wait for it.
     child: Option<Child>,
+    /// The process, if it is no child process of this one: a forked child's, or another owner's before.
+    process: Option<OwnedFd>,
+    /// How long it may take to answer.
+    patience: Option<Duration>,
+    /// Answers that did not come in time. One question at a time: they have no other order.
+    owed: Mutex<u32>,
 }
 
 /// A guest that stands still, complete.
@@ -156,6 +172,7 @@ impl Saving {
         match receive(&self.done) {
             Ok((Reply::Saved, _)) => Ok(self.saved),
             Ok((other, _)) => Err(refused(other)),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Err(WorkerError::Stuck),
             Err(_) => Err(WorkerError::NotSaved),
         }
     }
@@ -170,22 +187,54 @@ impl Worker {
         let (ours, theirs) = pair()?;
         let child =
             Command::new(program).args(arguments).stdin(Stdio::from(theirs)).stdout(Stdio::null()).spawn()?;
-        Ok(Self { control: ours, child: Some(child) })
+        Ok(Self::new(ours, Some(child), None))
+    }
+
+    fn new(control: OwnedFd, child: Option<Child>, patience: Option<Duration>) -> Self {
+        Self { control, child, process: None, patience, owed: Mutex::new(0) }
+    }
+
+    /// From now on it, and its children, must answer within `patience`; what waits for the disk has
+    /// twenty times as long.
+    ///
+    /// # Errors
+    /// If the socket does not take it.
+    pub fn with_patience(mut self, patience: Duration) -> Result<Self, WorkerError> {
+        be_patient(&self.control, Some(patience))?;
+        self.patience = Some(patience);
+        Ok(self)
+    }
+
+    /// Asks one question and waits for its answer.
+    fn ask(&self, request: &Request, fds: &[BorrowedFd<'_>]) -> Result<Reply, WorkerError> {
+        let mut owed = self.owed.lock().unwrap_or_else(PoisonError::into_inner);
+        while *owed > 0 {
+            // It did not answer the last time. Did it since? If not, whoever asked is told at once: nothing is done
+            // that was given up.
+            if !readable(&self.control)? {
+                return Err(WorkerError::Stuck);
+            }
+            receive::<Reply>(&self.control)?;
+            *owed -= 1;
+        }
+        in_time(send(&self.control, request, fds))?;
+        let answer = in_time(receive(&self.control));
+        *owed += u32::from(matches!(answer, Err(WorkerError::Stuck)));
+        Ok(answer?.0)
     }
 
     /// Becomes the owner of the worker that waits at `path`, whose last owner has gone. Its guest runs.
     ///
     /// # Errors
     /// If none waits there.
-    pub fn attach(path: &Path) -> Result<Attached, WorkerError> {
-        let control = rendezvous::meet(path, ATTACH_PATIENCE)?;
-        send(&control, &Request::Attach, &[])?;
-        let (reply, mut fds) = receive(&control)?;
-        // What it is asked for later may take longer.
-        set_socket_timeout(&control, Timeout::Recv, None).map_err(io::Error::from)?;
+    pub fn attach(path: &Path, patience: Duration) -> Result<Attached, WorkerError> {
+        let control = in_time(rendezvous::meet(path, ATTACH_PATIENCE))?;
+        in_time(send(&control, &Request::Attach, &[]))?;
+        let (reply, mut fds) = in_time(receive(&control))?;
+        let mut worker = Self::new(control, None, None).with_patience(patience)?;
         match (reply, fds.pop()) {
             (Reply::Attached { pid, position, unread }, Some(connection)) => {
-                let worker = Self { control, child: None };
+                worker.process = Some(worker.process(pid)?);
                 Ok(Attached { worker, pid, connection: connection.into(), position, unread })
             }
             (other, _) => Err(refused(other)),
@@ -199,17 +248,33 @@ impl Worker {
     /// [`WorkerError::Refused`] with the reason.
     pub fn prepare(self, dir: &Path, disks: &[DiskConfig]) -> Result<Parked, WorkerError> {
         let disks = disks.iter().map(|disk| (disk.path.clone(), disk.read_only)).collect();
-        send(&self.control, &Request::Prepare { dir: dir.to_owned(), disks }, &[])?;
+        in_time(send(&self.control, &Request::Prepare { dir: dir.to_owned(), disks }, &[]))?;
         self.parked()
     }
 
+    /// The process of a worker that has just said its number.
+    fn process(&self, pid: u32) -> Result<OwnedFd, WorkerError> {
+        let gone = || io::Error::from(io::ErrorKind::UnexpectedEof);
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(gone)?;
+        let process = pidfd_open(number, PidfdFlags::empty()).map_err(io::Error::from)?;
+        let mut control = [PollFd::new(&self.control, PollFlags::empty())];
+        poll(&mut control, Some(&Timespec::default())).map_err(io::Error::from)?;
+        // While its socket is open it lives, so the number has not gone to another one.
+        if control[0].revents().contains(PollFlags::HUP) { Err(gone().into()) } else { Ok(process) }
+    }
+
     /// Waits for the worker's word that its guest is complete.
-    fn parked(self) -> Result<Parked, WorkerError> {
-        let (reply, mut fds) = receive(&self.control)?;
+    fn parked(mut self) -> Result<Parked, WorkerError> {
+        let (reply, mut fds) = in_time(receive(&self.control))?;
         match (reply, fds.pop()) {
             (Reply::Ready { pid, agent, at_gate, decoded_ns }, Some(connection)) => {
+                if self.child.is_none() {
+                    self.process = Some(self.process(pid)?);
+                }
                 Ok(Parked { worker: self, pid, connection: connection.into(), agent, at_gate, decoded_ns })
             }
+            // The kernel had no descriptor left for it here (unix(7)).
+            (Reply::Ready { .. }, None) => Err(io::Error::from(Errno::MFILE).into()),
             (other, _) => Err(refused(other)),
         }
     }
@@ -234,13 +299,17 @@ impl Worker {
         let pairs = (0..count).map(|_| pair()).collect::<io::Result<Vec<_>>>()?;
         let theirs: Vec<BorrowedFd<'_>> = pairs.iter().map(|(_, theirs)| theirs.as_fd()).collect();
         let request = Request::Fork { children: count as u32, agent: agent.into() };
-        send(&self.control, &request, &theirs)?;
+        let answer = self.ask(&request, &theirs)?;
         let ours: Vec<OwnedFd> = pairs.into_iter().map(|(ours, _)| ours).collect();
-        let (decoded_ns, stopped_ns, resumed_ns) = match receive(&self.control)?.0 {
+        let (decoded_ns, stopped_ns, resumed_ns) = match answer {
             Reply::Forked { decoded_ns, stopped_ns, resumed_ns } => (decoded_ns, stopped_ns, resumed_ns),
             other => return Err(refused(other)),
         };
-        let children = ours.into_iter().map(|control| Self { control, child: None }).collect();
+        let child = |control: OwnedFd| {
+            be_patient(&control, self.patience)?;
+            Ok(Self::new(control, None, self.patience))
+        };
+        let children = ours.into_iter().map(child).collect::<Result<_, WorkerError>>()?;
         Ok(Forking { decoded_ns, stopped_ns, resumed_ns, children })
     }
 
@@ -284,10 +353,11 @@ impl Worker {
         // The socket last: a process that ends closes its files in order, and when its end is seen here the
         // claim is this owner's alone.
         let fds: Vec<_> = claim.map(|claim| claim.as_fd()).into_iter().chain([theirs.as_fd()]).collect();
-        send(&self.control, &request, &fds)?;
+        let answer = self.ask(&request, &fds)?;
         // The only other end is then the child's: if it dies, that is seen.
         drop(theirs);
-        let (decoded_ns, resumed_ns) = match receive(&self.control)?.0 {
+        be_patient(&ours, self.patience.map(|patience| patience * PATIENCES_FOR_THE_DISK))?;
+        let (decoded_ns, resumed_ns) = match answer {
             Reply::Forked { decoded_ns, resumed_ns, .. } => (decoded_ns, resumed_ns),
             other => return Err(refused(other)),
         };
@@ -299,8 +369,7 @@ impl Worker {
     /// # Errors
     /// If the worker is gone.
     pub fn stats(&self) -> Result<WorkerStats, WorkerError> {
-        send(&self.control, &Request::Stats, &[])?;
-        match receive(&self.control)?.0 {
+        match self.ask(&Request::Stats, &[])? {
             Reply::Stats(stats) => Ok(stats),
             other => Err(refused(other)),
         }
@@ -309,14 +378,16 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        match &mut self.child {
-            // Killed, its guest cannot delay that.
-            Some(child) => {
+        match (&mut self.child, &self.process) {
+            // It would end by itself when it hears of it; killed, its guest cannot delay that.
+            (Some(child), _) => {
                 let _ = child.kill();
                 let _ = child.wait();
             }
+            // The same; if it stands still it would not hear of it.
+            (None, Some(process)) => drop(pidfd_send_signal(process, Signal::KILL)),
             // A closed socket alone might mean that this owner was killed.
-            None => drop(send(&self.control, &Request::End, &[])),
+            (None, None) => drop(send(&self.control, &Request::End, &[])),
         }
     }
 }
@@ -376,8 +447,8 @@ impl Parked {
         };
         let patience = rendezvous.map(Rendezvous::patience).unwrap_or_default();
         let listener = rendezvous.and_then(Rendezvous::listener);
-        send(&self.worker.control, &Request::Go { mailbox, patience }, listener.as_slice())?;
-        let (decoded_ns, first_exit_ns) = match receive(&self.worker.control)?.0 {
+        let request = Request::Go { mailbox, patience };
+        let (decoded_ns, first_exit_ns) = match self.worker.ask(&request, listener.as_slice())? {
             Reply::Going { decoded_ns, first_exit_ns } => (decoded_ns, first_exit_ns),
             other => return Err(refused(other)),
         };
@@ -387,6 +458,28 @@ impl Parked {
 
 fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
+}
+
+/// A socket's timeout looks like one that has nothing (socket(7), SO_RCVTIMEO).
+fn in_time<T>(result: io::Result<T>) -> Result<T, WorkerError> {
+    result.map_err(|error| match error.kind() {
+        io::ErrorKind::WouldBlock => WorkerError::Stuck,
+        _ => error.into(),
+    })
+}
+
+/// Has waiting at this socket end after a time.
+fn be_patient(socket: &OwnedFd, patience: Option<Duration>) -> Result<(), WorkerError> {
+    for timeout in [Timeout::Recv, Timeout::Send] {
+        set_socket_timeout(socket, timeout, patience).map_err(io::Error::from)?;
+    }
+    Ok(())
+}
+
+/// Is there something to receive, or has the other end gone?
+fn readable(socket: &OwnedFd) -> Result<bool, WorkerError> {
+    let (mut sockets, at_once) = ([PollFd::new(socket, PollFlags::IN)], Timespec::default());
+    Ok(rustix::io::retry_on_intr(|| poll(&mut sockets, Some(&at_once))).map_err(io::Error::from)? > 0)
 }
 
 fn refused(reply: Reply) -> WorkerError {

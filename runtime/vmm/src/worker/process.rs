@@ -14,6 +14,7 @@ use crate::snapshot::{AgentState, Compat, MachineState, Run, Snapshot, Stored};
 use crate::sys::process::{Forked, close_all_but, exit_now, fork, ignore_children};
 use crate::vm::{DiskConfig, MicroVm, Shell, open_disks, open_kvm};
 use kvm_ioctls::Kvm;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -104,7 +105,9 @@ fn serve_with(mut control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox
             },
             (Request::Fork { children, agent }, Some(sandbox)) => {
                 // What comes with the message are the children's control sockets.
-                let reply = if fds.len() == children as usize && children > 0 {
+                let reply = if !fds.is_empty() && fds.iter().all(given_up) {
+                    Reply::Failed("nobody waits for the children any more".to_owned())
+                } else if fds.len() == children as usize && children > 0 {
                     fork_guest(sandbox, fds, agent, decoded_ns)
                         .unwrap_or_else(|e| Reply::Failed(e.to_string()))
                 } else {
@@ -271,10 +274,17 @@ fn save(
     let Some(done) = held.pop() else {
         return Err(VmmError::Agent("a snapshot needs a socket".to_owned()));
     };
+    if given_up(&done) {
+        return Err(VmmError::Agent("nobody waits for the snapshot any more".to_owned()));
+    }
     split(sandbox, agent, decoded_ns, move |mem, machine| {
         // The claim on the place outlives its owner, or another one could come and be overtaken.
         let keep = held.iter().chain([&done]).map(|fd| fd.as_raw_fd()).chain([sandbox.base.as_raw_fd()]);
         close_all_but(&keep.collect::<Vec<_>>());
+        // Its parent may have stood still since it looked.
+        if given_up(&done) {
+            return;
+        }
         let machine = MachineState { runs: sandbox.runs.to_vec(), ..machine };
         let snapshot = Snapshot { compat: sandbox.compat.clone(), machine };
         let reply = match snapshot.save(&mem, &sandbox.base, dir) {
@@ -287,6 +297,12 @@ fn save(
         // If the owner has gone, what is on disk is complete or absent all the same.
         let _ = send(&done, &reply, &[]);
     })
+}
+
+/// Has the owner closed its end? It waits for so long and no longer, and this process may have stood still.
+fn given_up(socket: &OwnedFd) -> bool {
+    let mut sockets = [PollFd::new(socket, PollFlags::empty())];
+    poll(&mut sockets, Some(&Timespec::default())).is_ok() && sockets[0].revents().contains(PollFlags::HUP)
 }
 
 /// In the first child: makes its siblings, then goes on as a worker of its own.

@@ -67,7 +67,10 @@ impl Drop for Rendezvous {
 /// Meets the worker that waits at `path`; it must answer each time within `patience`.
 pub(super) fn meet(path: &Path, patience: Duration) -> io::Result<OwnedFd> {
     let socket = socket()?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(patience))?;
+    // Connecting waits as sending does: for a worker that stands still and has let nobody in for a while.
+    for timeout in [Timeout::Recv, Timeout::Send] {
+        set_socket_timeout(&socket, timeout, Some(patience))?;
+    }
     rustix::net::connect(&socket, &address(path)?.1)?;
     Ok(socket)
 }
