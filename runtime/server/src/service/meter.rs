@@ -197,6 +197,9 @@ mod tests {
         meter.start(std::process::id());
         let again = meter.read();
         assert!(again.cpu <= cpu(), "{again:?}");
+        // Nor by the next daemon, to which its process has used all that it ever did.
+        let next = Meter::taken_over(&meter.running().unwrap(), std::process::id()).read();
+        assert!(next.cpu >= stopped.cpu && next.cpu <= cpu(), "{next:?}");
     }
 
     /// What may come to a meter, each after so many milliseconds.
