@@ -7,9 +7,12 @@
 //! closed --bad template--> rebuild asked --rebuilt--> one trial (as above)
 //!                                `--rebuild failed--> asked again after the back-off
 //! ```
+//!
+//! What failed must be built as deep as it was when it failed: a shell says nothing about a template's state.
 
 use crate::error::Cause;
 use crate::policy::Policy;
+use crate::slot::Depth;
 use std::time::Duration;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,6 +28,8 @@ enum Next {
 #[derive(Debug, Clone)]
 struct Open {
     cause: Cause,
+    /// How deep the build was to be that failed.
+    depth: Depth,
     next: Next,
 }
 
@@ -43,8 +48,8 @@ impl Breaker {
         policy.backoff_first.saturating_mul(1 << doublings).min(policy.backoff_max)
     }
 
-    /// A build begun in `epoch` failed.
-    pub(crate) fn failed(&mut self, now: Duration, epoch: u64, cause: Cause, policy: &Policy) {
+    /// A build to this depth, begun in `epoch`, failed.
+    pub(crate) fn failed(&mut self, now: Duration, epoch: u64, depth: Depth, cause: Cause, policy: &Policy) {
         let corrupt = matches!(cause, Cause::Template(_));
         let rebuilding = self.open.as_ref().is_some_and(|o| !matches!(o.next, Next::Trial(_)));
         // Of one incident only the first failure counts, unless a later one says that the template is bad.
@@ -59,12 +64,14 @@ impl Breaker {
             (true, _) => Next::RebuildDue(later),
             (false, _) => Next::Trial(later),
         };
-        self.open = Some(Open { cause, next });
+        self.open = Some(Open { cause, depth, next });
     }
 
-    pub(crate) fn built(&mut self) {
-        self.streak = 0;
-        self.open = None;
+    pub(crate) fn built(&mut self, depth: Depth) {
+        if self.open.as_ref().is_none_or(|open| depth >= open.depth) {
+            self.streak = 0;
+            self.open = None;
+        }
     }
 
     /// The rebuild that was asked for ended. False: none was asked for.
@@ -79,7 +86,7 @@ impl Breaker {
         if let Some(open) = &mut self.open {
             match outcome {
                 Ok(()) => open.next = Next::Trial(now),
-                Err(cause) => *open = Open { cause, next: Next::RebuildDue(later) },
+                Err(cause) => *open = Open { cause, next: Next::RebuildDue(later), ..*open },
             }
         }
         true
@@ -106,8 +113,12 @@ impl Breaker {
         }
     }
 
-    pub(crate) fn is_closed(&self) -> bool {
-        self.open.is_none()
+    /// The same for parkings: while shells fail there are none, and where they failed themselves one is the trial.
+    pub(crate) fn parking_allowance(&self, now: Duration) -> usize {
+        match &self.open {
+            Some(open) if open.depth == Depth::Shell => 0,
+            _ => self.allowance(now),
+        }
     }
 
     /// The cause and how long until a trial, while open.

@@ -81,12 +81,14 @@ impl<K: Ord + Clone> Pool<K> {
 
     pub(crate) fn fail_build(&mut self, slot: SlotId, cause: Cause, reason: Reason) {
         let now = self.now;
-        let Some((key, epoch)) = self.slots.get(&slot).map(|s| (s.key.clone(), s.epoch)) else { return };
+        let Some(failed) = self.slots.get(&slot) else { return };
+        let depth = if failed.state == State::Building { Depth::Shell } else { Depth::Parked };
+        let (key, epoch) = (failed.key.clone(), failed.epoch);
         let corrupt = matches!(cause, Cause::Template(_));
         let mut stranded = Vec::new();
         let wanted = if let Some(entry) = self.leave_flight(slot) {
             entry.counts.failures += 1;
-            entry.breaker.failed(now, epoch, cause.clone(), &entry.policy);
+            entry.breaker.failed(now, epoch, depth, cause.clone(), &entry.policy);
             // In order of arrival, as with slots: the one who came first gets the first outcome.
             let without_build = entry.waiters.len().saturating_sub(entry.building);
             stranded.extend(entry.waiters.drain(..without_build));
@@ -246,7 +248,8 @@ impl<K: Ord + Clone> Pool<K> {
         for key in keys {
             while self.in_flight < self.limits.refill_builds {
                 let Some(t) = self.templates.get(&key) else { break };
-                let lacking = t.parked.len() + t.parking < t.policy.parked && t.breaker.is_closed();
+                let lacking = t.parked.len() + t.parking < t.policy.parked
+                    && t.parking < t.breaker.parking_allowance(self.now);
                 let Some(&slot) = t.ready.front().filter(|_| lacking) else { break };
                 let (bytes, epoch) = (t.policy.parked_bytes, t.breaker.epoch);
                 let more = bytes - t.policy.shell_bytes;

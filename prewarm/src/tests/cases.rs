@@ -84,6 +84,41 @@ fn a_corrupt_template_gets_one_attempt_then_a_breaker_with_the_cause_then_a_rebu
 }
 
 #[test]
+fn a_shell_does_not_speak_for_a_template_whose_state_cannot_be_set() {
+    let mut pool = pool(&[("a", Policy { parked: 1, ..keep(1, 1) })]);
+    let refused = || Cause::Template("section 3: checksum".to_owned());
+    let mut pauses = Vec::new();
+    for _ in 0..4 {
+        let shell = one_build(&mut pool);
+        let now = pool.now;
+        pool.built(now, shell).unwrap();
+        assert_eq!(one_build(&mut pool), shell, "it is to be parked");
+        pool.build_failed(now, shell, refused()).unwrap();
+        pool.destroyed(now, shell).unwrap();
+        let asked = |seen: Actions| seen.iter().any(|action| matches!(action, Action::Rebuild { .. }));
+        // The first time at once, then ever later: what is built meanwhile is no success.
+        let mut waited = ms(0);
+        if !asked(actions(&mut pool)) {
+            let at = pool.next_wakeup().unwrap();
+            waited = at - now;
+            pool.tick(at);
+            assert!(asked(actions(&mut pool)));
+        }
+        pauses.push(waited);
+        let now = pool.now;
+        assert!(pool.rebuilt(now, &"a", Ok(())));
+    }
+    assert_eq!(pauses, [ms(0), ms(200), ms(400), ms(800)]);
+    // One that can be parked closes the breaker.
+    let (shell, now) = (one_build(&mut pool), pool.now);
+    pool.built(now, shell).unwrap();
+    assert!(pool.stats(&"a").unwrap().broken.is_some());
+    one_build(&mut pool);
+    pool.built(now, shell).unwrap();
+    assert_eq!(pool.stats(&"a").unwrap().broken, None);
+}
+
+#[test]
 fn failures_of_the_host_back_off_twice_as_long_each_time_up_to_the_longest() {
     let mut pool = pool(&[("a", Policy { backoff_max: ms(300), ..keep(1, 1) })]);
     let mut pauses = Vec::new();
