@@ -27,7 +27,7 @@ const MISSES: &[(&str, &str, &str)] = &[
     ),
     (
         "guest: ",
-        "the guest kernel's instructions are emulated: this row's own count of them, times half a microsecond",
+        "the guest kernel's instructions are emulated: this row's own count of them, times about a microsecond",
         "fewer of them, or hardware KVM, which runs them natively",
     ),
     (

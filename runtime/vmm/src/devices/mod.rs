@@ -5,7 +5,7 @@
 //! it directly. It may touch guest memory through `vm-memory` and the bounds-checked buffers of the ring; it
 //! must not touch KVM: interrupts leave through [`Interrupt`].
 //!
-//! Guest kernel instructions are the currency (on software KVM each costs half a microsecond, an
+//! Guest kernel instructions are the currency (on software KVM each costs half a microsecond to one, an
 //! interrupt a millisecond), so every device is shaped to need few of them: small queues,
 //! no indirect descriptors, event indices, and interrupts only when the driver waits for one.
 
