@@ -284,7 +284,7 @@ impl<K: Ord + Clone> Pool<K> {
         let (state, since) = self.state_for(slot, "built", &[State::Building, State::Parking])?;
         let now = self.advance(now);
         if let Some(entry) = self.leave_flight(slot) {
-            let depth = if state == State::Building { Depth::Shell } else { Depth::Parked };
+            let depth = state.aim();
             entry.breaker.built(depth);
             if depth == Depth::Shell {
                 entry.demand.build_took(now.saturating_sub(since));

@@ -82,8 +82,7 @@ impl<K: Ord + Clone> Pool<K> {
     pub(crate) fn fail_build(&mut self, slot: SlotId, cause: Cause, reason: Reason) {
         let now = self.now;
         let Some(failed) = self.slots.get(&slot) else { return };
-        let depth = if failed.state == State::Building { Depth::Shell } else { Depth::Parked };
-        let (key, epoch) = (failed.key.clone(), failed.epoch);
+        let (key, epoch, depth) = (failed.key.clone(), failed.epoch, failed.state.aim());
         let corrupt = matches!(cause, Cause::Template(_));
         let mut stranded = Vec::new();
         let wanted = if let Some(entry) = self.leave_flight(slot) {

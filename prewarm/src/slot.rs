@@ -85,6 +85,13 @@ pub enum State {
     Destroying(Reason),
 }
 
+impl State {
+    /// How deep a slot in flight is to be.
+    pub(crate) fn aim(self) -> Depth {
+        if self == Self::Building { Depth::Shell } else { Depth::Parked }
+    }
+}
+
 impl fmt::Display for State {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
