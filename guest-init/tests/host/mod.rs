@@ -1,7 +1,7 @@
 //! A host for tests: starts the agent as an ordinary process on a socket pair, and speaks the wire with it.
 #![allow(dead_code, missing_docs, unreachable_pub, clippy::unwrap_used)]
 
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -106,6 +106,17 @@ impl Line {
 
     pub fn send_raw(&mut self, bytes: &[u8]) {
         self.socket.write_all(bytes).unwrap();
+    }
+
+    /// Sends to an agent that may hang up meanwhile; says whether it still listened.
+    pub fn send_if_heard(&mut self, stream: u32, message: &ToGuest<'_>) -> bool {
+        let mut buffer = vec![0; FRAME_MAX_BYTES];
+        let len = message.encode(stream, &mut buffer).unwrap();
+        match self.socket.write_all(&buffer[..len]) {
+            Ok(()) => true,
+            Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => false,
+            Err(error) => panic!("{error}"),
+        }
     }
 
     pub fn exec(&mut self, stream: u32, request: &ExecRequest<'_, &str>) {
