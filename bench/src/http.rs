@@ -20,6 +20,9 @@ const DEFINITION: &str =
 const RATE_PER_S: u32 = 20;
 /// Creates at once of a burst.
 const BURST: usize = 100;
+/// Creates one after the other until the pool is given time to fill again: they take its workers faster than it makes
+/// them.
+const ROUND: u32 = 40;
 
 /// A daemon with a full pool.
 struct Daemon {
@@ -150,7 +153,8 @@ fn row(variant: &str, goals: Option<(f64, f64)>) -> Recorder {
     Recorder::new(promise, variant, Unit::Milliseconds)
 }
 
-/// One client, one create after the other; then creates at a steady rate; then bursts.
+/// One client, one create after the other, with a full pool and for as long as it holds; then creates at a steady rate;
+/// then bursts.
 ///
 /// # Errors
 /// The first request that failed.
@@ -159,11 +163,19 @@ pub fn suite(cache: &Path, samples: u32) -> Result<Vec<Recorder>, Failure> {
     let mut sequential = row("one client, one after the other", Some((1.0, 4.0)));
     let mut client = daemon.client()?;
     for n in 0..samples {
-        if n % 100 == 0 {
+        if n % ROUND == 0 {
             eprintln!("create over HTTP, sequential: {n} of {samples}");
+            daemon.fill()?;
         }
         let (took, id) = client.create(Instant::now())?;
         sequential.duration(took);
+        client.destroy(&id)?;
+    }
+    let mut endless = row("one client, without a pause for the pool", None);
+    daemon.fill()?;
+    for _ in 0..samples {
+        let (took, id) = client.create(Instant::now())?;
+        endless.duration(took);
         client.destroy(&id)?;
     }
     daemon.fill()?;
@@ -176,7 +188,7 @@ pub fn suite(cache: &Path, samples: u32) -> Result<Vec<Recorder>, Failure> {
             burst.duration(took);
         }
     }
-    Ok(vec![sequential, staggered, burst])
+    Ok(vec![sequential, endless, staggered, burst])
 }
 
 /// Creates at a steady rate, each by the next of a few clients; one that is late counts from when it was due.

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use serde_json::Value;
+use std::io::{Read as _, Write as _};
 use std::process::{Command, Output};
 use std::time::Duration;
 use tests::daemon::Daemon;
@@ -103,6 +104,47 @@ fn a_template_that_was_damaged_while_its_pool_ran_is_made_again() {
     // Of a pool that changes all workers are new ones.
     answer(&daemon, &["set", "node:22-slim", "--min", "2"]);
     once_ready(&daemon, &id, 2);
+
+    // Neither guest booted in the daemon's process: it never had one's memory.
+    let peak = daemon.peak_bytes();
+    assert!(peak < 32 << 20, "{peak}");
+}
+
+#[test]
+fn a_template_is_not_made_for_nobody() {
+    if !kvm_or_skip("a_template_is_not_made_for_nobody") {
+        return;
+    }
+    let cache = tempfile::tempdir().unwrap();
+    let (kernel, disks) = (&artefacts().kernel, [&artefacts().agent_disk, &artefacts().image]);
+    let mut order = serde_json::json!({
+        "cache": cache.path(), "kernel": kernel, "disks": disks, "vcpus": 1, "mem_mib": 128, "try_it": false,
+    });
+    let ask = |order: &Value| {
+        let piped = std::process::Stdio::piped;
+        let mut maker = Command::new(peregrine());
+        let mut maker = maker.arg("make-template").stdin(piped()).stdout(piped()).spawn().unwrap();
+        let mut input = maker.stdin.take().unwrap();
+        writeln!(input, "{order}").unwrap();
+        (maker, input)
+    };
+    let (maker, input) = ask(&order);
+    // Whoever asked is gone.
+    drop(input);
+    let ended = maker.wait_with_output().unwrap();
+    assert_eq!((ended.status.code(), ended.stdout.as_slice()), (Some(1), &b""[..]));
+
+    order["kernel"] = "/nowhere/vmlinux".into();
+    let (mut maker, input) = ask(&order);
+    let mut said = String::new();
+    maker.stdout.take().unwrap().read_to_string(&mut said).unwrap();
+    drop(input);
+    assert!(
+        maker.wait().unwrap().success() && said.contains("Err") && said.contains("/nowhere/vmlinux"),
+        "{said}"
+    );
+    let made = std::fs::read_dir(cache.path().join("template")).into_iter().flatten().count();
+    assert_eq!(made, 0);
 }
 
 #[test]

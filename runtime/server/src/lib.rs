@@ -8,6 +8,7 @@ pub mod conversation;
 pub mod executor;
 pub mod images;
 pub mod key;
+pub mod places;
 pub mod pool;
 pub mod registry;
 pub mod serve;

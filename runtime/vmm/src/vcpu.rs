@@ -12,6 +12,7 @@ use crate::doorbell;
 use crate::event_loop::Bus;
 
 use crate::memory::GuestMemory;
+use crate::priority;
 use crate::profile;
 use crate::sys::{kick, kvm as raw};
 use crate::vcpu_state::{VcpuSnapshot, arm_timer};
@@ -147,6 +148,8 @@ pub(crate) struct Vcpu {
     pub(crate) msrs: Arc<[u32]>,
     /// What is left of its timer, which stands still until the guest has read its mailbox.
     pub(crate) held_timer: Option<u64>,
+    /// It has priority until its guest's next exit.
+    pub(crate) comes_first: bool,
 }
 
 impl Vcpu {
@@ -166,7 +169,13 @@ impl Vcpu {
         }
         let mut exited = false;
         while !self.shared.stopping() {
-            match self.step() {
+            let came_first = self.comes_first;
+            let next = self.step();
+            if came_first {
+                self.comes_first = false;
+                let _ = priority::equal();
+            }
+            match next {
                 Next::Run if !exited => {
                     exited = true;
                     self.shared.note_first_exit();
@@ -242,9 +251,10 @@ impl Vcpu {
                 Next::Run
             }
             Ok(VcpuExit::MmioRead(layout::GATE_REGISTER, data)) => {
-                let bytes = self.shared.take_mailbox().to_le_bytes();
+                let (bytes, comes_first) = self.shared.take_mailbox();
+                self.comes_first = comes_first;
                 data.fill(0);
-                data.iter_mut().zip(bytes).for_each(|(to, byte)| *to = byte);
+                data.iter_mut().zip(bytes.to_le_bytes()).for_each(|(to, byte)| *to = byte);
                 Next::Run
             }
             Ok(VcpuExit::MmioWrite(layout::GATE_REGISTER, data)) => {

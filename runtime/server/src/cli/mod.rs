@@ -68,6 +68,9 @@ enum Verb {
     /// One microVM's process, spoken to over its standard input
     #[command(hide = true)]
     Worker,
+    /// Makes one template, for a daemon
+    #[command(hide = true, name = peregrine::template::maker::VERB)]
+    MakeTemplate,
 }
 
 /// Becomes a worker; returns only if standard input cannot be taken over.
@@ -90,6 +93,9 @@ pub(crate) fn main() -> ExitCode {
         Verb::Audit(audit) => audit::audit(audit),
         Verb::Doctor(doctor) => doctor::doctor(doctor, cache),
         Verb::Worker => worker(),
+        Verb::MakeTemplate => {
+            peregrine::template::maker::serve().map(|()| 0).map_err(CliError::io("no order"))
+        }
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -8,9 +8,10 @@ mod measure;
 mod shell;
 
 pub use measure::Percentiles;
-pub use shell::{Held, Shell};
+pub use shell::{Begun, Held, Shell};
 
 use crate::executor;
+use crate::places::Places;
 use measure::Latencies;
 use peregrine_vmm::DiskConfig;
 use peregrine_vmm::worker::WorkerError;
@@ -20,7 +21,7 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 
 /// A template's name: its key in the cache.
 pub type TemplateKey = Rc<str>;
@@ -118,17 +119,24 @@ impl Pool {
     ///
     /// # Errors
     /// If a limit is out of range.
-    pub fn start(limits: Limits, program: PathBuf, patience: Duration) -> Result<Self, PoolError> {
+    pub fn start(
+        limits: Limits,
+        program: PathBuf,
+        patience: Duration,
+        places: Places,
+    ) -> Result<Self, PoolError> {
         let pool = prewarm::Pool::new(limits)?;
         let (orders, receiver) = mpsc::unbounded_channel();
         let owner = Owner {
             pool,
             program,
             patience,
+            places,
             epoch: Instant::now(),
             sources: HashMap::new(),
             shells: HashMap::new(),
             waiting: HashMap::new(),
+            wanted: Rc::default(),
             latencies: HashMap::new(),
             orders: orders.downgrade(),
             drained: None,
@@ -183,7 +191,7 @@ impl Pool {
 }
 
 /// A checkout makes room for a worker more. Making it waits so long, or it would compete with the very create that took
-/// the last one.
+/// the last one; but not if somebody waits for it.
 const REFILL_AFTER: Duration = Duration::from_millis(5);
 
 struct Waiting {
@@ -196,10 +204,13 @@ struct Owner {
     pool: prewarm::Pool<TemplateKey>,
     program: PathBuf,
     patience: Duration,
+    places: Places,
     epoch: Instant,
     sources: HashMap<TemplateKey, Source>,
     shells: HashMap<SlotId, Shell>,
     waiting: HashMap<Ticket, Waiting>,
+    /// Tells builds that have not begun that somebody waits.
+    wanted: Rc<Notify>,
     latencies: HashMap<TemplateKey, Latencies>,
     /// Weak: the pool ends when nobody can ask it for anything.
     orders: mpsc::WeakUnboundedSender<Order>,
@@ -292,6 +303,7 @@ impl Owner {
         match self.pool.checkout(now, &key) {
             Ok(Checkout::Hit { slot, .. }) => self.hand_out(slot, Waiting { key, since, reply }, true),
             Ok(Checkout::Wait(ticket)) => {
+                self.wanted.notify_waiters();
                 self.waiting.insert(ticket, Waiting { key, since, reply });
             }
             Err(error) => {
@@ -363,10 +375,15 @@ impl Owner {
             return;
         };
         let (program, begun, patience) = (self.program.clone(), self.shells.remove(&slot), self.patience);
-        let wanted_now = !self.waiting.is_empty();
+        let places = self.places.clone();
+        let wanted = Rc::clone(&self.wanted);
+        let waited_for = !self.waiting.is_empty();
         executor::spawn(async move {
-            if !wanted_now {
-                tokio::time::sleep(REFILL_AFTER).await;
+            if !waited_for {
+                tokio::select! {
+                    () = tokio::time::sleep(REFILL_AFTER) => {}
+                    () = wanted.notified() => {}
+                }
             }
             let result = executor::in_the_background(move || {
                 let shell = match begun {
@@ -374,7 +391,7 @@ impl Owner {
                     None => Shell::spawn(&program, patience)?,
                 };
                 match (to, source) {
-                    (Depth::Parked, Some(source)) => shell.park(&source),
+                    (Depth::Parked, Some(source)) => shell.park(&source, &places),
                     _ => Ok(shell),
                 }
             });

@@ -2,11 +2,15 @@
 
 use super::Source;
 use crate::executor;
+use crate::places::Places;
 use peregrine_vmm::agent::Identity;
 use peregrine_vmm::worker::{Going, Parked, Rendezvous, Worker, WorkerError};
 use std::ffi::OsStr;
+use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::time::Duration;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// A value whose end blocks (a killed process is waited for): it ends on a thread that may block.
 #[derive(Debug)]
@@ -48,7 +52,18 @@ pub struct Shell(Held<Stage>);
 #[derive(Debug)]
 enum Stage {
     Empty(Worker),
-    Parked(Box<Parked>),
+    Parked(Box<Parked>, Rendezvous),
+}
+
+/// A worker whose guest runs, and where the next daemon would find it.
+#[derive(Debug)]
+pub struct Begun {
+    /// Worker and agent.
+    pub going: Going,
+    /// The worker's process.
+    pub pid: u32,
+    /// Its place.
+    pub rendezvous: Rendezvous,
 }
 
 impl Shell {
@@ -61,38 +76,56 @@ impl Shell {
         Ok(Self(Held::new(Stage::Empty(worker))))
     }
 
-    /// Blocks until the guest stands ready.
-    pub(super) fn park(self, source: &Source) -> Result<Self, WorkerError> {
-        let parked = self.into_parked(source)?;
-        Ok(Self(Held::new(Stage::Parked(Box::new(parked)))))
-    }
-
-    fn into_parked(self, source: &Source) -> Result<Parked, WorkerError> {
-        match self.0.into_inner() {
-            Some(Stage::Empty(worker)) => worker.prepare(&source.dir, &source.disks),
-            Some(Stage::Parked(parked)) => Ok(*parked),
-            None => Err(WorkerError::OutOfTurn("nothing".to_owned())),
-        }
-    }
-
-    /// Lets a guest go in it; `source` is for a worker that has none yet. Blocks for about a millisecond. The
-    /// process id is the worker's.
+    /// Blocks until the guest stands ready, with a place to be found at.
     ///
     /// # Errors
     /// What the worker said; it is gone.
-    pub fn begin(
-        self,
-        source: &Source,
-        identity: &Identity,
-        rendezvous: &Rendezvous,
-    ) -> Result<(Going, u32), WorkerError> {
-        let parked = self.into_parked(source)?;
+    pub fn park(self, source: &Source, places: &Places) -> Result<Self, WorkerError> {
+        let stage = match self.0.into_inner() {
+            Some(Stage::Empty(worker)) => {
+                let rendezvous = places.make()?;
+                Stage::Parked(Box::new(worker.prepare(&source.dir, &source.disks)?), rendezvous)
+            }
+            Some(parked) => parked,
+            None => return Err(nothing()),
+        };
+        Ok(Self(Held::new(stage)))
+    }
+
+    /// Whether it is parked.
+    #[must_use]
+    pub fn is_parked(&self) -> bool {
+        matches!(self.0.get(), Some(Stage::Parked(..)))
+    }
+
+    /// Lets the guest go in a parked one, and waits for that without blocking the thread, `patience` at most.
+    ///
+    /// # Errors
+    /// What the worker said; it is gone.
+    pub async fn begin(self, identity: &Identity, patience: Duration) -> Result<Begun, WorkerError> {
+        let Some(Stage::Parked(parked, rendezvous)) = self.0.into_inner() else { return Err(nothing()) };
         let pid = parked.pid();
-        Ok((parked.begin_at(identity, Some(rendezvous))?, pid))
+        let starting = Held::new(parked.start(identity, Some(&rendezvous))?);
+        {
+            let control = starting.get().ok_or_else(nothing)?.as_fd();
+            // Unsound for a value that gives another descriptor each time; a borrowed one is always the same, and open.
+            #[allow(deprecated)]
+            let control = AsyncFd::with_interest(control, Interest::READABLE)?;
+            match tokio::time::timeout(patience, control.readable()).await {
+                Ok(ready) => drop(ready?),
+                Err(_) => return Err(WorkerError::Stuck),
+            }
+        }
+        let going = starting.into_inner().ok_or_else(nothing)?.finish()?;
+        Ok(Begun { going, pid, rendezvous })
     }
 
     /// Ends it; blocks until the process is gone.
     pub(super) fn end(self) {
         drop(self.0.into_inner());
     }
+}
+
+fn nothing() -> WorkerError {
+    WorkerError::OutOfTurn("nothing".to_owned())
 }

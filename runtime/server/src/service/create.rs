@@ -1,12 +1,12 @@
 //! create: a clone of a template, from the pool or made now.
 
-use super::sandbox::{Begun, Running, Sandbox, Spec, State, Tenant};
+use super::sandbox::{Running, Sandbox, Spec, State, Tenant};
 use super::templates::{Shape, Template};
 use super::{Service, ServiceError, Usage, ids};
 use crate::conversation::Conversation;
 use crate::executor;
 use crate::images::{self, Image};
-use crate::pool::CheckedOut;
+use crate::pool::{Begun, CheckedOut, Shell, Source};
 use crate::registry::MadeWith;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
@@ -95,15 +95,12 @@ impl Service {
         let identity = identity(id)?;
         let mut left = MOST_DEAD_WORKERS;
         loop {
-            // Before a worker is spent.
-            let rendezvous = self.place(id).make()?;
             let CheckedOut { shell, hit } = self.pool.checkout(Rc::clone(&template.key)).await?;
-            let (source, identity) = (template.source.clone(), identity.clone());
-            let begin = move || {
-                let (going, pid) = shell.begin(&source, &identity, &rendezvous)?;
-                Ok(Begun { going, pid, rendezvous })
+            let begun = match self.parked(shell, &template.source).await {
+                Ok(shell) => shell.begin(&identity, self.config.limits.patience()).await,
+                Err(error) => Err(error),
             };
-            match executor::blocking(begin).await {
+            match begun {
                 Ok(begun) => return Ok((begun, hit)),
                 Err(WorkerError::Io(error)) if left > 0 => {
                     tracing::warn!(%error, "a worker of the pool is gone");
@@ -117,6 +114,15 @@ impl Service {
                 Err(error) => return Err(error.into()),
             }
         }
+    }
+
+    /// A worker of the pool that stands ready: most do, the others are made so now.
+    async fn parked(&self, shell: Shell, source: &Source) -> Result<Shell, WorkerError> {
+        if shell.is_parked() {
+            return Ok(shell);
+        }
+        let (source, places) = (source.clone(), self.places.clone());
+        executor::blocking(move || shell.park(&source, &places)).await
     }
 
     /// The image of this name; one that is not here is pulled.

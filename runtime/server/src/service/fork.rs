@@ -1,10 +1,12 @@
 //! fork: children that have the sandbox's memory and files, and from then on each its own.
 
 use super::create::{begin_conversation, identity};
-use super::sandbox::{Begun, Place, Running, Sandbox};
+use super::sandbox::{Running, Sandbox};
 use super::{Service, ServiceError, ids};
 use crate::conversation::Paused;
 use crate::executor;
+use crate::places::Places;
+use crate::pool::Begun;
 use crate::registry::MadeWith;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
@@ -35,10 +37,10 @@ impl Service {
         let mut names = Vec::with_capacity(count);
         for _ in 0..count {
             let id = ids::run_id(self.config.node)?;
-            names.push((identity(&id)?, self.place(&id), id));
+            names.push((identity(&id)?, id));
         }
         let paused = self.pause(sandbox, &running).await.map_err(|error| gone(sandbox, error))??;
-        let children = fork_running(&running, paused, names).await?;
+        let children = fork_running(&running, paused, self.places.clone(), names).await?;
         let mut made = Vec::with_capacity(count);
         for (id, guest) in children {
             let spec = super::Spec { timeout: sandbox.timeout(), ..sandbox.spec.clone() };
@@ -66,7 +68,8 @@ type Child = (String, Begun);
 async fn fork_running(
     running: &Running,
     paused: Paused,
-    names: Vec<(Identity, Place, String)>,
+    places: Places,
+    names: Vec<(Identity, String)>,
 ) -> Result<Vec<Child>, WorkerError> {
     let (state, count) = (paused.state.clone(), names.len());
     let forked = running.with_worker(move |worker| worker.begin_fork(state, count)).await;
@@ -78,8 +81,8 @@ async fn fork_running(
         fork.children
             .into_iter()
             .zip(names)
-            .map(|(child, (identity, place, id))| {
-                let (pid, rendezvous) = (child.pid(), place.make()?);
+            .map(|(child, (identity, id))| {
+                let (pid, rendezvous) = (child.pid(), places.make()?);
                 let going = child.begin_at(&identity, Some(&rendezvous))?;
                 Ok((id, Begun { going, pid, rendezvous }))
             })

@@ -46,6 +46,7 @@ pub use templates::Shape;
 use crate::artefacts::Artefacts;
 use crate::config::{Config, OnStop};
 use crate::executor;
+use crate::places::Places;
 use crate::pool::{Pool, PoolError};
 use crate::registry::{Registry, RegistryError, RunRow};
 use std::cell::{Cell, RefCell};
@@ -60,6 +61,8 @@ use templates::Templates;
 const SEAL_EVERY: Duration = Duration::from_secs(5);
 /// Where running workers wait for the next daemon, in the state directory.
 const WORKERS: &str = "workers";
+/// Digits of randomness in the names of one daemon's places.
+const PLACE_DIGITS: usize = 16;
 /// Tapes of followed commands.
 const STREAMS: &str = "streams";
 /// How often idle sandboxes are looked for.
@@ -103,16 +106,27 @@ pub struct Service {
     /// Sandboxes that are being made: they count against the limits.
     making: Cell<usize>,
     state: PathBuf,
-    /// Workers' places that were named.
-    places: Cell<u64>,
+    places: Places,
     /// What a worker is.
     program: PathBuf,
     /// Held while the daemon lives.
     _lock: File,
 }
 
+/// Builds in flight are bound by the host's processors: more of them take as long in all, and whatever a request wakes
+/// waits for more of them. Half of the processors are left to requests and guests.
+fn pool_limits(config: &Config) -> prewarm::Limits {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    prewarm::Limits {
+        max_bytes: config.limits.pool_mib << 20,
+        max_builds: 2 * processors,
+        refill_builds: (processors / 2).max(1),
+    }
+}
+
 impl Service {
-    /// Takes the state directory over and starts the pool; `program worker` is a worker.
+    /// Takes the state directory over and starts the pool; `program worker` is a worker, `program make-template` makes
+    /// a template.
     ///
     /// # Errors
     /// Why not.
@@ -132,21 +146,22 @@ impl Service {
             Err(std::fs::TryLockError::WouldBlock) => return Err(StartError::Locked(state.to_owned())),
             Err(std::fs::TryLockError::Error(source)) => return Err(failed(source)),
         }
-        let limits =
-            prewarm::Limits { max_bytes: config.limits.pool_mib << 20, ..prewarm::Limits::default() };
+        let limits = pool_limits(&config);
+        let prefix = ids::random_digits(PLACE_DIGITS).map_err(failed)?;
+        let places = Places::new(state.join(WORKERS), Duration::from_secs(config.limits.orphan_s), prefix);
         let service = Rc::new(Self {
-            pool: Pool::start(limits, program.clone(), config.limits.patience())?,
+            pool: Pool::start(limits, program.clone(), config.limits.patience(), places.clone())?,
+            places,
+            templates: Templates::new(artefacts, &program),
             program,
             registry: Registry::open(&state.join("registry.db"))?,
             journal: Journal::open(&state.join("audit")).map_err(failed)?,
-            templates: Templates::new(artefacts),
             streams: stream::Streams::default(),
             watches: watchdog::Watches::default(),
             pools: RefCell::default(),
             sandboxes: RefCell::default(),
             making: Cell::new(0),
             state: state.to_owned(),
-            places: Cell::new(0),
             config,
             _lock: lock,
         });
@@ -228,17 +243,6 @@ impl Service {
         drop(sandbox.activity());
         self.note(&sandbox)?;
         Ok(sandbox)
-    }
-
-    /// Where the next daemon finds a worker of the sandbox `id`. A name of its own each time: a worker that ends and the next
-    /// one of the sandbox overlap.
-    fn place(&self, id: &str) -> sandbox::Place {
-        let number = self.places.replace(self.places.get() + 1);
-        let name = format!("{id}-{}-{number}", std::process::id());
-        sandbox::Place {
-            path: self.state.join(WORKERS).join(name),
-            patience: Duration::from_secs(self.config.limits.orphan_s),
-        }
     }
 
     /// Writes a sandbox's row as of now.

@@ -17,7 +17,7 @@ use crate::conversation::Conversation;
 use crate::pool::Held;
 use crate::registry::{MadeWith, RunRow};
 use jiff::Timestamp;
-use peregrine_vmm::worker::{Going, Rendezvous, Worker, WorkerError};
+use peregrine_vmm::worker::{Rendezvous, Worker, WorkerError};
 use std::cell::{Cell, RefCell};
 use std::path::PathBuf;
 use std::rc::Rc;
@@ -41,27 +41,6 @@ pub struct Spec {
     pub sleeps_when_idle: bool,
     /// Environment of its commands, `NAME=VALUE`.
     pub env: Vec<String>,
-}
-
-/// Where the next daemon would find a worker of this one.
-#[derive(Debug, Clone)]
-pub(super) struct Place {
-    pub(super) path: PathBuf,
-    pub(super) patience: Duration,
-}
-
-impl Place {
-    pub(super) fn make(self) -> std::io::Result<Rendezvous> {
-        Rendezvous::new(self.path, self.patience)
-    }
-}
-
-/// A guest that has just begun to run.
-#[derive(Debug)]
-pub(super) struct Begun {
-    pub(super) going: Going,
-    pub(super) pid: u32,
-    pub(super) rendezvous: Rendezvous,
 }
 
 /// A worker whose guest runs, and the conversation with it.

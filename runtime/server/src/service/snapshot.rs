@@ -3,12 +3,12 @@
 use super::create::identity;
 use super::destroy::remove_dir;
 use super::fork::gone;
-use super::sandbox::{Begun, Running, Sandbox, Spec, Tenant};
+use super::sandbox::{Running, Sandbox, Spec, Tenant};
 use super::templates::Shape;
 use super::{Service, ServiceError, ids};
 use crate::conversation::Paused;
 use crate::executor;
-use crate::pool::{Shell, Source};
+use crate::pool::{Begun, Shell, Source};
 use crate::registry::SnapshotRow;
 use jiff::Timestamp;
 use peregrine_vmm::snapshot::Stored;
@@ -115,16 +115,18 @@ impl Service {
     pub(super) async fn wake(&self, shape: &Shape, dir: &Path, id: &str) -> Result<Begun, ServiceError> {
         let disks = self.templates.disks(&shape.image);
         let source = Source { dir: dir.to_owned(), disks, mender: None };
-        let (identity, program, place) = (identity(id)?, self.program.clone(), self.place(id));
+        let (identity, program, places) = (identity(id)?, self.program.clone(), self.places.clone());
         let patience = self.config.limits.patience();
-        let begin = move || {
+        let park = move || {
             let verified = Stored::open(&source.dir).and_then(|stored| stored.verify_memory());
             verified.map_err(|error| WorkerError::Refused(error.to_string()))?;
-            let rendezvous = place.make()?;
-            let (going, pid) = Shell::spawn(&program, patience)?.begin(&source, &identity, &rendezvous)?;
-            Ok(Begun { going, pid, rendezvous })
+            Shell::spawn(&program, patience)?.park(&source, &places)
         };
-        executor::blocking(begin).await.map_err(|error| match error {
+        let begun = match executor::blocking(park).await {
+            Ok(shell) => shell.begin(&identity, patience).await,
+            Err(error) => Err(error),
+        };
+        begun.map_err(|error| match error {
             WorkerError::Refused(why) => ServiceError::SnapshotRefused(why),
             other => other.into(),
         })

@@ -5,13 +5,12 @@ use crate::artefacts::Artefacts;
 use crate::executor;
 use crate::images::Image;
 use crate::pool::{Mender, Pool, Source, TemplateKey};
-use crate::template;
-use peregrine_image::Lines;
+use crate::template::maker::{Made, Maker};
 use peregrine_vmm::{DiskConfig, VmConfig};
 use prewarm::Policy;
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::OnceCell;
@@ -53,14 +52,16 @@ pub(super) struct Template {
 #[derive(Debug)]
 pub(super) struct Templates {
     artefacts: Artefacts,
+    maker: Maker,
     made: RefCell<HashMap<Content, Rc<OnceCell<Rc<Template>>>>>,
 }
 
 impl Templates {
-    /// None yet.
+    /// None yet; `program` makes them.
     #[must_use]
-    pub(super) fn new(artefacts: Artefacts) -> Self {
-        Self { artefacts, made: RefCell::default() }
+    pub(super) fn new(artefacts: Artefacts, program: &Path) -> Self {
+        let maker = Maker::new(program, &artefacts.store);
+        Self { artefacts, maker, made: RefCell::default() }
     }
 
     /// The files that every guest starts from.
@@ -106,19 +107,12 @@ impl Templates {
             verbose: false,
             profile: None,
         };
-        let store = self.artefacts.store.clone();
-        let (mended, place) = (config.clone(), store.clone());
-        let mender = Mender::new(move || {
-            let clone = template::restore(&place, &mended, &mut Lines::new(std::io::stderr()));
-            clone.map(drop).map_err(|error| error.to_string())
-        });
-        let (key, dir) = executor::blocking(move || {
-            let stored = template::prepare(&store, &config, &mut Lines::new(std::io::stderr()))?;
-            Ok::<_, template::TemplateError>((template::key(&config)?, stored.dir))
-        })
-        .await?;
+        let (mended, maker) = (config.clone(), self.maker.clone());
+        let mender = Mender::new(move || maker.mend(&mended).map(drop).map_err(|error| error.to_string()));
+        let maker = self.maker.clone();
+        let Made { key, dir } = executor::blocking(move || maker.prepare(&config)).await?;
         let source = Source { dir, disks, mender: Some(mender) };
-        Ok(Rc::new(Template { key: key.as_str().into(), source }))
+        Ok(Rc::new(Template { key: key.into(), source }))
     }
 }
 

@@ -8,6 +8,7 @@
 //! never loaded.
 
 mod catalogue;
+pub mod maker;
 
 pub use catalogue::{Listed, list, named};
 
@@ -57,6 +58,9 @@ pub enum TemplateError {
         /// The microVM's own reason if it has one, else the agent's.
         why: String,
     },
+    /// Said by the process that was to make it.
+    #[error("{0}")]
+    Maker(String),
     /// Nothing is called so.
     #[error("template {name:?}: {problem}")]
     Name {

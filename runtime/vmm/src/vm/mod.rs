@@ -297,6 +297,7 @@ impl MicroVm {
                 host: Arc::clone(&host),
                 msrs: Arc::clone(&msrs),
                 held_timer: timers.next().flatten(),
+                comes_first: false,
             };
             microvm.threads.push(spawn(format!("vcpu{index}"), move || vcpu.run())?);
         }

@@ -5,6 +5,7 @@ use crate::VmmError;
 use crate::assist::{Counters, Op};
 use crate::console::Console;
 use crate::doorbell;
+use crate::priority;
 use crate::profile::Samples;
 use crate::sys::kick::Kick;
 use crate::vcpu_state::VcpuSnapshot;
@@ -160,7 +161,13 @@ impl Shared {
         let waiting = |firsts: &mut Firsts| of(firsts).is_none();
         let (firsts, _) =
             self.exited.wait_timeout_while(guard, timeout, waiting).unwrap_or_else(PoisonError::into_inner);
-        of(&firsts)
+        let first = of(&firsts);
+        drop(firsts);
+        if first.is_none() {
+            // One that makes none must not keep its place before others.
+            self.kick_all();
+        }
+        first
     }
 
     /// Whether vCPU threads must come to the gate.
@@ -223,12 +230,15 @@ impl Shared {
         lock(&self.gate).approach
     }
 
-    /// The guest looks into the mailbox: how many bytes are there. Waits if it has only been let go so far.
-    pub(crate) fn take_mailbox(&self) -> u32 {
+    /// The guest looks into the mailbox: how many bytes are there. Waits if it has only been let go so far; a thread that
+    /// has waited comes before other guests' (`true`), because somebody waits for it, and gives that back at its guest's
+    /// next exit.
+    pub(crate) fn take_mailbox(&self) -> (u32, bool) {
         let gate = lock(&self.gate);
         let waiting = |gate: &mut Gate| gate.approach && !self.stopping();
+        let comes_first = gate.approach && priority::first().is_ok();
         let _gate = self.gate_moved.wait_while(gate, waiting).unwrap_or_else(PoisonError::into_inner);
-        self.mailbox_bytes.swap(0, Ordering::AcqRel)
+        (self.mailbox_bytes.swap(0, Ordering::AcqRel), comes_first)
     }
 
     /// Closes the gate and waits until all `vcpus` threads have left their states. Everybody else must keep

@@ -12,7 +12,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::ffi::OsStr;
 use std::io;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -83,6 +83,13 @@ pub struct Parked {
     agent: AgentState,
     at_gate: bool,
     decoded_ns: u64,
+}
+
+/// A guest that was told to go; its worker has not answered yet.
+#[derive(Debug)]
+pub struct Starting {
+    worker: Worker,
+    agent: Agent,
 }
 
 /// A guest that runs, and when it began to.
@@ -437,6 +444,18 @@ impl Parked {
         identity: &Identity,
         rendezvous: Option<&Rendezvous>,
     ) -> Result<Going, WorkerError> {
+        self.start(identity, rendezvous)?.finish()
+    }
+
+    /// As [`Parked::begin_at`], but does not wait for the worker's answer.
+    ///
+    /// # Errors
+    /// If it cannot be told; the guest is gone.
+    pub fn start(
+        self,
+        identity: &Identity,
+        rendezvous: Option<&Rendezvous>,
+    ) -> Result<Starting, WorkerError> {
         let frame = Agent::adopt_frame(identity)?;
         let agent = Agent::resume(self.connection, &self.agent)?;
         let mailbox = if self.at_gate {
@@ -448,11 +467,30 @@ impl Parked {
         let patience = rendezvous.map(Rendezvous::patience).unwrap_or_default();
         let listener = rendezvous.and_then(Rendezvous::listener);
         let request = Request::Go { mailbox, patience };
-        let (decoded_ns, first_exit_ns) = match self.worker.ask(&request, listener.as_slice())? {
-            Reply::Going { decoded_ns, first_exit_ns } => (decoded_ns, first_exit_ns),
-            other => return Err(refused(other)),
-        };
-        Ok(Going { worker: self.worker, agent, decoded_ns, first_exit_ns })
+        in_time(send(&self.worker.control, &request, listener.as_slice()))?;
+        Ok(Starting { worker: self.worker, agent })
+    }
+}
+
+impl Starting {
+    /// Waits for the worker's answer.
+    ///
+    /// # Errors
+    /// What it said; the guest is gone.
+    pub fn finish(self) -> Result<Going, WorkerError> {
+        match in_time(receive(&self.worker.control))?.0 {
+            Reply::Going { decoded_ns, first_exit_ns } => {
+                Ok(Going { worker: self.worker, agent: self.agent, decoded_ns, first_exit_ns })
+            }
+            other => Err(refused(other)),
+        }
+    }
+}
+
+/// Readable when [`Starting::finish`] need not wait.
+impl AsFd for Starting {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.worker.control.as_fd()
     }
 }
 
