@@ -98,6 +98,10 @@ impl Registry {
     /// # Errors
     /// If they are not in the file.
     pub fn put_runs(&self, rows: &[RunRow]) -> Result<(), RegistryError> {
+        // One statement is a transaction by itself.
+        if let [row] = rows {
+            return self.put_run(row);
+        }
         let all = self.db.unchecked_transaction()?;
         rows.iter().try_for_each(|row| self.put_run(row))?;
         Ok(all.commit()?)
