@@ -49,6 +49,13 @@
 //! reads the register, takes as many bytes of frames from the mailbox, before any from its connection, and
 //! writes [`GATE_TAKEN`]. A guest that cannot reach the register (a kernel without /dev/mem) goes on, and the host gives up waiting.
 //!
+//! **Bulk streams.** A long file does not go through this conversation, packet by packet through the guest's kernel:
+//! the process in the guest that reads or writes it has the VMM move its bytes between its own memory and a socket of
+//! the host. It maps the page of [`GATE_REGISTER`]; a 32-bit read of [`BULK_RECEIVE`] or [`BULK_SEND`] there moves up to
+//! RSI bytes, [`BULK_MAX_BYTES`] at most, to or from the address in RDI, for the stream whose number is in RDX. It gives
+//! how many bytes that were (0 from [`BULK_RECEIVE`] is the end, and to send 0 says that it was all), or [`BULK_WAIT`], [`BULK_NONE`] or [`BULK_FAULT`].
+//! The host picks a stream's number, at random, and no other stream ever has it.
+//!
 //! **Errors.** A frame that cannot be understood is answered with `Error` and the connection is
 //! closed; commands go on.
 #![no_std]
@@ -89,6 +96,21 @@ pub const GATE_MAILBOX: u64 = 0x5_0000;
 /// Size of the mailbox, a multiple of the page size. What the host leaves there are whole frames.
 pub const GATE_MAILBOX_BYTES: usize = 64 * 1024;
 
+/// Guest-physical address of the register that receives from a bulk stream, in the page of [`GATE_REGISTER`].
+pub const BULK_RECEIVE: u64 = GATE_REGISTER + 0x800;
+/// Guest-physical address of the register that sends to a bulk stream.
+pub const BULK_SEND: u64 = BULK_RECEIVE + 4;
+/// Most bytes that a read of one of them moves.
+pub const BULK_MAX_BYTES: usize = 1024 * 1024;
+/// A shorter file is faster through the conversation.
+pub const BULK_WORTH_BYTES: u64 = 256 * 1024;
+/// Nothing to receive, or no room to send, at present.
+pub const BULK_WAIT: u32 = u32::MAX - 1;
+/// No such stream, or its other end is gone. It is what a register reads as that nobody has.
+pub const BULK_NONE: u32 = u32::MAX;
+/// The calling process cannot access the first byte: touch it and try again.
+pub const BULK_FAULT: u32 = u32::MAX - 2;
+
 /// Most bytes of a text in `ExecFailed` and `Error`.
 pub const TEXT_MAX_BYTES: usize = 256;
 /// Most bytes of the build version in `Hello`.
@@ -117,11 +139,14 @@ pub const EXEC_SELF: u8 = 1 << 5;
 /// How an argv for [`EXEC_SELF`] begins. Then comes one of
 ///
 /// ```text
-/// read PATH      a regular file: TOOL_STAT_BYTES (size u64, mode u32, mtime i64), then its bytes to stdout
-/// write PATH     stdin becomes the file; its directories are made
-/// list PATH      per entry: size u64, mode u32, mtime i64, length of the name u16, the name
-/// connect PORT   a TCP connection to the guest's loopback: one byte 0, then both ways until both ends close
+/// read PATH [STREAM]    a regular file: TOOL_STAT_BYTES (size u64, mode u32, mtime i64), then its bytes, to stdout
+/// write PATH [STREAM]   stdin becomes the file; its directories are made
+/// list PATH             per entry: size u64, mode u32, mtime i64, length of the name u16, the name
+/// connect PORT          a TCP connection to the guest's loopback: one byte 0, then both ways until both ends close
 /// ```
+///
+/// With the number of a bulk stream, `read` puts a byte between stat and bytes, and `write` says it before it reads:
+/// 1 if the file's bytes go through that stream, 0 if not.
 ///
 /// The exit code is Linux's error number, 0 for none.
 pub const TOOL_ARGV: [&str; 2] = ["peregrine-tool", "--tool"];

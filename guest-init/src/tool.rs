@@ -6,15 +6,23 @@
 
 use core::ffi::CStr;
 
+use guest_init::{BULK_MAX_BYTES, BULK_WORTH_BYTES};
+
 use crate::sys::{
-    Arguments, Errno, Fd, Looked, TakeOnce, Watched, connect_loopback, exit, make_new_directory,
-    open_directory, open_for_reading, open_for_writing, poll, stdio,
+    Arguments, Bulk, Errno, Fd, Looked, Moved, TakeOnce, Watched, connect_loopback, exit, make_new_directory,
+    nap, open_directory, open_for_reading, open_for_writing, poll, stdio,
 };
 
 const BUFFER_BYTES: usize = 64 * 1024;
 const NAME_MAX_BYTES: usize = 4096;
+/// A sleep while the other side of a bulk stream has nothing, or takes nothing: doubled from the least to the most.
+const NAP_LEAST_MS: u32 = 1;
+const NAP_MOST_MS: u32 = 64;
+/// For so long a bulk stream may not be there yet.
+const ABSENT_MOST_MS: u32 = 5000;
 
 static BUFFERS: TakeOnce<[[u8; BUFFER_BYTES]; 2]> = TakeOnce::new([[0; BUFFER_BYTES]; 2]);
+static BULK_BUFFER: TakeOnce<[u8; BULK_MAX_BYTES]> = TakeOnce::new([0; BULK_MAX_BYTES]);
 
 /// Does one verb; the exit code is the error number.
 pub(crate) fn run(mut arguments: Arguments) -> ! {
@@ -22,9 +30,10 @@ pub(crate) fn run(mut arguments: Arguments) -> ! {
     let (Some(verb), Some(argument), Some(buffers)) = (verb, argument, BUFFERS.take()) else {
         exit(Errno::INVAL.0 as u8)
     };
+    let stream = arguments.next();
     let result = match verb.to_bytes() {
-        b"read" => read(argument, buffers),
-        b"write" => write(argument, buffers),
+        b"read" => read(argument, stream, buffers),
+        b"write" => write(argument, stream, buffers),
         b"list" => list(argument, buffers),
         b"connect" => connect(argument, buffers),
         _ => Err(Errno::INVAL),
@@ -40,18 +49,63 @@ fn stat_bytes(looked: Looked) -> [u8; guest_init::TOOL_STAT_BYTES] {
     bytes
 }
 
-fn read(path: &CStr, [buffer, _]: &mut [[u8; BUFFER_BYTES]; 2]) -> Result<(), Errno> {
+/// A bulk stream and the memory for it, if the host has named one and the machine has it.
+fn bulk(stream: Option<&CStr>) -> Option<(Bulk, &'static mut [u8])> {
+    let number = stream?.to_str().ok()?.parse().ok()?;
+    Some((Bulk::open(number).ok()?, BULK_BUFFER.take()?))
+}
+
+fn read(path: &CStr, stream: Option<&CStr>, [buffer, _]: &mut [[u8; BUFFER_BYTES]; 2]) -> Result<(), Errno> {
     let file = open_for_reading(path)?;
     let looked = file.look()?;
     if !looked.is_regular() {
         return Err(if looked.is_directory() { Errno::ISDIR } else { Errno::INVAL });
     }
     let stdout = stdio(1);
-    write_all(&stdout, &stat_bytes(looked))?;
-    copy(&file, &stdout, buffer)
+    let bulk = if looked.size < BULK_WORTH_BYTES { None } else { bulk(stream) };
+    let mut head = [0; guest_init::TOOL_STAT_BYTES + 1];
+    head[..guest_init::TOOL_STAT_BYTES].copy_from_slice(&stat_bytes(looked));
+    head[guest_init::TOOL_STAT_BYTES] = u8::from(bulk.is_some());
+    write_all(&stdout, if stream.is_some() { &head } else { &head[..guest_init::TOOL_STAT_BYTES] })?;
+    let Some((bulk, buffer)) = bulk else {
+        return copy(&file, &stdout, buffer);
+    };
+    loop {
+        let len = fill(buffer, |rest| file.read(rest))?;
+        let mut at = 0;
+        while at < len {
+            match moved(|| bulk.send(&mut buffer[at..len]))? {
+                0 => return Err(Errno::PIPE),
+                taken => at += taken,
+            }
+        }
+        if len < buffer.len() {
+            bulk.end();
+            return Ok(());
+        }
+    }
 }
 
-fn write(path: &CStr, [buffer, name]: &mut [[u8; BUFFER_BYTES]; 2]) -> Result<(), Errno> {
+/// Asks the VMM until it has moved something, or there is nothing more to come.
+fn moved(mut ask: impl FnMut() -> Moved) -> Result<usize, Errno> {
+    let (mut nap_ms, mut absent_ms) = (NAP_LEAST_MS, 0);
+    loop {
+        match ask() {
+            Moved::Bytes(bytes) => return Ok(bytes),
+            Moved::Wait => {}
+            Moved::None if absent_ms >= ABSENT_MOST_MS => return Err(Errno::PIPE),
+            Moved::None => absent_ms += nap_ms,
+        }
+        nap(nap_ms);
+        nap_ms = (2 * nap_ms).min(NAP_MOST_MS);
+    }
+}
+
+fn write(
+    path: &CStr,
+    stream: Option<&CStr>,
+    [buffer, name]: &mut [[u8; BUFFER_BYTES]; 2],
+) -> Result<(), Errno> {
     let file = match open_for_writing(path) {
         Err(Errno::NOENT) => {
             make_parents(path, name)?;
@@ -62,11 +116,27 @@ fn write(path: &CStr, [buffer, name]: &mut [[u8; BUFFER_BYTES]; 2]) -> Result<()
     if !file.look()?.is_regular() {
         return Err(Errno::INVAL);
     }
+    if stream.is_some() {
+        let bulk = bulk(stream);
+        write_all(&stdio(1), &[u8::from(bulk.is_some())])?;
+        if let Some((bulk, buffer)) = bulk {
+            return write_from(&file, buffer, |rest| moved(|| bulk.receive(rest)));
+        }
+    }
     let stdin = stdio(0);
+    write_from(&file, buffer, |rest| stdin.read(rest))
+}
+
+/// Writes all that `read` gives. A buffer at a time, whatever the pieces are that it comes in: what is written at once
+/// lies in one folio.
+fn write_from(
+    file: &Fd,
+    buffer: &mut [u8],
+    mut read: impl FnMut(&mut [u8]) -> Result<usize, Errno>,
+) -> Result<(), Errno> {
     loop {
-        // A buffer at a time, whatever the pieces are that it comes in: what is written at once lies in one folio.
-        let len = fill(&stdin, buffer)?;
-        write_all(&file, &buffer[..len])?;
+        let len = fill(buffer, &mut read)?;
+        write_all(file, &buffer[..len])?;
         if len < buffer.len() {
             return Ok(());
         }
@@ -74,10 +144,10 @@ fn write(path: &CStr, [buffer, name]: &mut [[u8; BUFFER_BYTES]; 2]) -> Result<()
 }
 
 /// Reads until the buffer is full or there is no more; how much there was.
-fn fill(from: &Fd, buffer: &mut [u8]) -> Result<usize, Errno> {
+fn fill(buffer: &mut [u8], mut read: impl FnMut(&mut [u8]) -> Result<usize, Errno>) -> Result<usize, Errno> {
     let mut len = 0;
     while len < buffer.len() {
-        match from.read(&mut buffer[len..]) {
+        match read(&mut buffer[len..]) {
             Ok(0) => break,
             Ok(more) => len += more,
             Err(Errno::INTR) => {}

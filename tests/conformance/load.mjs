@@ -40,7 +40,7 @@ if (process.argv[2] === 'connections') {
   process.exit(0);
 }
 
-// A large file up and down again, byte for byte. Where the guest's kernel is emulated a MiB takes half a second.
+// A large file up and down again, byte for byte.
 const size = Number(process.env.PEREGRINE_TEST_FILE_MIB ?? 256) << 20;
 const sandbox = await call('POST', '/v1/runs', { mem_mib: size > 32 << 20 ? 1024 : 128, timeout: 0 });
 const portion = Buffer.alloc(1 << 20);
@@ -75,4 +75,37 @@ for await (const part of download.body) {
 assert.equal(bytes, size);
 assert.equal(heard.digest('hex'), sent.digest('hex'));
 console.log(`${size >> 20} MiB up: ${((middle - began) / 1000).toFixed(1)} s, down: ${((performance.now() - middle) / 1000).toFixed(1)} s`);
+
+// More at once than there are bulk streams, some of them short, and some that nobody stays for.
+const at = `${base}/v1/runs/${sandbox.id}/files`;
+const pattern = (length, seed) => Buffer.from(Uint8Array.from({ length }, (_, i) => (i * 7 + (i >> 12) * 13 + seed) & 255));
+const files = Array.from({ length: 20 }, (_, i) => ({ path: `/tmp/some/${i}`, bytes: pattern(i % 5 ? (1 << 20) + i : 1000 + i, i) }));
+for (const { path, bytes } of files) {
+  const up = await fetch(`${at}/upload?path=${path}`, { method: 'POST', headers, body: bytes });
+  assert.equal(up.status, 200);
+  assert.equal((await up.json()).size_bytes, bytes.length);
+}
+const leave = async (i) => {
+  const left = await fetch(`${at}/download?path=/tmp/big`, { headers });
+  const reader = left.body.getReader();
+  await reader.read();
+  if (i % 2) await new Promise((wake) => setTimeout(wake, 200));
+  await reader.cancel();
+};
+const whole = async ({ path, bytes }) => {
+  const down = await fetch(`${at}/download?path=${path}`, { headers });
+  assert.ok(bytes.equals(Buffer.from(await down.arrayBuffer())), path);
+};
+await Promise.all([...files.map(whole), ...[0, 1, 2, 3].map(leave)]);
+
+// A fork in the middle of a transfer takes nothing from it, and its child does not hold on to it.
+const reading = (await fetch(`${at}/download?path=/tmp/big`, { headers })).body.getReader();
+let got = (await reading.read()).value.length;
+const [child] = (await call('POST', `/v1/runs/${sandbox.id}/fork`, { count: 1 })).forks;
+for (let part; !(part = await reading.read()).done; ) got += part.value.length;
+assert.equal(got, size);
+const { path, bytes: expected } = files[1];
+const down = await fetch(`${base}/v1/runs/${child.id}/files/download?path=${path}`, { headers });
+assert.ok(expected.equals(Buffer.from(await down.arrayBuffer())), 'of a child');
+await call('DELETE', `/v1/runs/${child.id}`);
 await call('DELETE', `/v1/runs/${sandbox.id}`);

@@ -16,17 +16,24 @@ pub(crate) struct Gate {
     mailbox: *const u8,
 }
 
+/// The machine's memory and registers, by physical address.
+pub(super) fn physical_memory() -> Result<Fd, Errno> {
+    Fd::open(c"/dev/mem", libc::O_RDWR)
+}
+
+/// Maps a part of it, for ever.
+pub(super) fn map(memory: &Fd, bytes: usize, protection: c_int, at: u64) -> Result<usize, Errno> {
+    let (shared, file) = (libc::MAP_SHARED as usize, memory.raw());
+    // SAFETY: a new mapping at an address of the kernel's choice takes nothing away from anybody.
+    unsafe { syscall(libc::SYS_mmap, [0, bytes, protection as usize, shared, file, at as usize]) }
+}
+
 impl Gate {
     /// Maps register and mailbox; fails on a kernel without /dev/mem.
     pub(crate) fn open() -> Result<Gate, Errno> {
-        let memory = Fd::open(c"/dev/mem", libc::O_RDWR)?;
-        let map = |bytes: usize, protection: c_int, at: u64| {
-            let (shared, file) = (libc::MAP_SHARED as usize, memory.raw());
-            // SAFETY: a new mapping at an address of the kernel's choice takes nothing away from anybody.
-            unsafe { syscall(libc::SYS_mmap, [0, bytes, protection as usize, shared, file, at as usize]) }
-        };
-        let register = map(4096, libc::PROT_READ | libc::PROT_WRITE, GATE_REGISTER)?;
-        let mailbox = map(GATE_MAILBOX_BYTES, libc::PROT_READ, GATE_MAILBOX)?;
+        let memory = physical_memory()?;
+        let register = map(&memory, 4096, libc::PROT_READ | libc::PROT_WRITE, GATE_REGISTER)?;
+        let mailbox = map(&memory, GATE_MAILBOX_BYTES, libc::PROT_READ, GATE_MAILBOX)?;
         Ok(Gate { register: register as *mut u32, mailbox: mailbox as *const u8 })
     }
 

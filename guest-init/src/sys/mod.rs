@@ -8,6 +8,7 @@
 #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
 compile_error!("the agent knows the system call conventions of x86-64 Linux only");
 
+mod bulk;
 mod files;
 mod gate;
 mod io;
@@ -22,6 +23,7 @@ mod terminal;
 
 use core::num::NonZeroU32;
 
+pub(crate) use bulk::{Bulk, Moved, nap};
 pub(crate) use files::{
     Looked, Watched, connect_loopback, make_new_directory, open_directory, open_for_reading,
     open_for_writing, poll, stdio,
@@ -51,6 +53,7 @@ impl Errno {
     pub(crate) const INVAL: Errno = Errno(libc::EINVAL);
     pub(crate) const ISDIR: Errno = Errno(libc::EISDIR);
     pub(crate) const NOENT: Errno = Errno(libc::ENOENT);
+    pub(crate) const PIPE: Errno = Errno(libc::EPIPE);
     pub(crate) const PERM: Errno = Errno(libc::EPERM);
     pub(crate) const TOOBIG: Errno = Errno(libc::E2BIG);
 }

@@ -12,6 +12,7 @@ pub mod agent;
 pub mod arch;
 pub mod assist;
 mod assist_state;
+pub mod bulk;
 pub mod console;
 pub mod devices;
 pub mod doorbell;

@@ -7,6 +7,7 @@ use crate::VmmError;
 use crate::arch::{boot, layout};
 use crate::assist::{self, Access, HostCpu, Paging};
 use crate::assist_state::{VcpuState, share_registers};
+use crate::bulk;
 use crate::console::Console;
 use crate::doorbell;
 use crate::event_loop::Bus;
@@ -141,7 +142,7 @@ pub(crate) struct Vcpu {
     pub(crate) index: u8,
     pub(crate) shared: Arc<Shared>,
     pub(crate) bus: Arc<Bus>,
-    pub(crate) mem: GuestMemory,
+    pub(crate) mem: Arc<GuestMemory>,
     pub(crate) xsave: raw::XsaveArea,
     pub(crate) host: Arc<HostCpu>,
     /// The MSRs to save.
@@ -268,6 +269,7 @@ impl Vcpu {
                 }
                 Next::Run
             }
+            Ok(VcpuExit::MmioRead(address, [_, _, _, _])) if bulk::owns(address) => self.bulk(address),
             Ok(VcpuExit::MmioRead(address, data)) => {
                 if !self.bus.read(address, data) {
                     data.fill(0xff);
@@ -340,6 +342,14 @@ impl Vcpu {
             Ok(()) => Next::Run,
             Err(e) => Next::Stop(StopReason::Host(format!("vCPU state: {e}"))),
         }
+    }
+
+    /// A program in the guest has bytes moved between its memory and a bulk stream.
+    fn bulk(&mut self, address: u64) -> Next {
+        let mut state = VcpuState::load(&mut self.fd, &mut self.xsave);
+        let answer = self.shared.bulk.transfer(address, &mut state, &self.host, &self.mem);
+        raw::answer_mmio(self.fd.get_kvm_run(), answer);
+        Next::Run
     }
 
     fn rip(&self) -> u64 {

@@ -8,6 +8,7 @@ use crate::executor;
 use crate::service::{FileStat, Reading, ServiceError};
 use bytes::Bytes;
 use hyper::Response;
+use hyper::body::Body as _;
 use hyper::header::{CONTENT_TYPE, HeaderValue};
 use std::rc::Rc;
 use std::time::Duration;
@@ -22,7 +23,7 @@ pub(crate) async fn upload(mut asked: Asked, id: &str) -> Answer {
     let (sandbox, path) = (asked.sandbox(id)?, path(&asked)?);
     let service = &asked.app.service;
     let patience = Duration::from_secs(service.config.limits.body_s);
-    let mut writing = service.write_file(&sandbox, &path)?;
+    let mut writing = service.write_file(&sandbox, &path, asked.body.size_hint().exact()).await?;
     let mut size_bytes = 0;
     while let Some(bytes) = request::portion(&mut asked.body, patience).await? {
         size_bytes += bytes.len() as u64;

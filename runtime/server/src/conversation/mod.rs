@@ -165,15 +165,15 @@ impl Conversation {
         self.exec_flags(command, 0, tape)
     }
 
-    /// As [`Conversation::exec`], of the agent's own program: `verb` and `argument` of
+    /// As [`Conversation::exec`], of the agent's own program: `verb` and `arguments` of
     /// [`guest_init::TOOL_ARGV`].
     ///
     /// # Errors
     /// As for [`Conversation::exec`].
-    pub fn tool(&self, verb: &str, argument: &[u8], stdin: bool) -> Result<Process, ExecError> {
+    pub fn tool(&self, verb: &str, arguments: &[&[u8]], stdin: bool) -> Result<Process, ExecError> {
         let [name, tool] = guest_init::TOOL_ARGV;
-        let command =
-            Command { stdin, ..Command::new(&[name.as_bytes(), tool.as_bytes(), verb.as_bytes(), argument]) };
+        let argv = [&[name.as_bytes(), tool.as_bytes(), verb.as_bytes()], arguments].concat();
+        let command = Command { stdin, ..Command::new(&argv) };
         self.exec_flags(&command, guest_init::EXEC_SELF, |_| None)
     }
 

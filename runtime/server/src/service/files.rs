@@ -1,19 +1,25 @@
 //! Files of a running sandbox, streamed: the agent's own program is the tool in the guest, so that any image
-//! will do, and the windows of its streams bound what either side holds.
+//! will do, and the windows of its streams bound what either side holds. The bytes of a long file go through a bulk
+//! stream (see guest-init), of which a socket's buffer bounds what it holds.
 
-use super::sandbox::{Activity, Sandbox};
+use super::ids;
+use super::sandbox::{Activity, Running, Sandbox};
 use super::{FileProblem, Service, ServiceError};
 use crate::conversation::{Event, Input, Output, Process};
 use bytes::{Buf as _, Bytes, BytesMut};
-use guest_init::{Exited, TOOL_STAT_BYTES};
+use guest_init::{BULK_WORTH_BYTES, Exited, TOOL_STAT_BYTES};
 use serde_json::json;
 use std::rc::Rc;
 use std::time::Duration;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::UnixStream;
 
 /// Longest path (Linux's PATH_MAX, with its NUL).
 const PATH_MAX_BYTES: usize = 4096;
 /// The guest's first word about a file is due by then.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// Most of a file's bytes that are passed on at once.
+const PORTION_BYTES: usize = 64 << 10;
 /// Longest listing.
 const LISTING_MAX_BYTES: usize = 32 << 20;
 
@@ -56,9 +62,8 @@ pub struct Reading {
     /// What it was when it was opened.
     pub stat: FileStat,
     first: Bytes,
-    output: Output,
-    path: String,
-    id: Rc<str>,
+    bulk: Option<UnixStream>,
+    tool: Tool,
     _activity: Activity,
 }
 
@@ -66,10 +71,59 @@ pub struct Reading {
 #[derive(Debug)]
 pub struct Writing {
     input: Input,
+    bulk: Option<UnixStream>,
+    tool: Tool,
+    failed: Option<ServiceError>,
+    _activity: Activity,
+}
+
+/// The tool at work on a file.
+#[derive(Debug)]
+struct Tool {
     output: Output,
     path: String,
     id: Rc<str>,
-    _activity: Activity,
+    /// It has done it all.
+    done: bool,
+}
+
+impl Tool {
+    fn new(sandbox: &Sandbox, path: &str, output: Output) -> Self {
+        Self { output, path: path.to_owned(), id: Rc::clone(&sandbox.id), done: false }
+    }
+
+    /// What it writes next; `None` when it has done its work.
+    async fn next(&mut self) -> Result<Option<Bytes>, ServiceError> {
+        while !self.done {
+            match self.output.next().await.map_err(ServiceError::lost(&self.id))? {
+                Event::Stdout(bytes) => return Ok(Some(bytes)),
+                Event::Stderr(_) => {}
+                Event::Exited(exited) if exited.shell_code() == 0 => self.done = true,
+                Event::Exited(exited) => return Err(problem(&self.path, exited)),
+                Event::Failed { text, .. } => return Err(ServiceError::Internal(text)),
+            }
+        }
+        Ok(None)
+    }
+
+    /// The first so many bytes that it writes, and those that came with them.
+    async fn head(&mut self, len: usize) -> Result<Bytes, ServiceError> {
+        let mut head = BytesMut::new();
+        in_time(async {
+            while head.len() < len {
+                head.extend_from_slice(&self.next().await?.ok_or_else(early)?);
+            }
+            Ok(())
+        })
+        .await?;
+        Ok(head.freeze())
+    }
+
+    /// Waits until it has done its work.
+    async fn finish(&mut self) -> Result<(), ServiceError> {
+        while self.next().await?.is_some() {}
+        Ok(())
+    }
 }
 
 impl Service {
@@ -78,38 +132,59 @@ impl Service {
     /// # Errors
     /// What is wrong with it.
     pub async fn read_file(&self, sandbox: &Rc<Sandbox>, path: &str) -> Result<Reading, ServiceError> {
-        let activity = sandbox.activity();
+        let _activity = sandbox.activity();
         self.journal.append(&sandbox.tenant, &sandbox.id, "file.read", json!({ "path": path }))?;
-        let Process { mut output, .. } = tool(sandbox, "read", path, false)?;
-        let mut head = BytesMut::new();
-        let opening = async {
-            while head.len() < TOOL_STAT_BYTES {
-                match output.next().await.map_err(ServiceError::lost(&sandbox.id))? {
-                    Event::Stdout(bytes) => head.extend_from_slice(&bytes),
-                    Event::Stderr(_) => {}
-                    Event::Exited(exited) => return Err(problem(path, exited)),
-                    Event::Failed { text, .. } => return Err(ServiceError::Internal(text)),
+        let number = ids::random_u64()?;
+        let begin = |bulk: Option<u64>| {
+            let Process { output, .. } = tool(sandbox, "read", path, bulk, false)?;
+            Ok::<_, ServiceError>(Tool::new(sandbox, path, output))
+        };
+        let mut tool = begin(Some(number))?;
+        let mut first = tool.head(TOOL_STAT_BYTES + 1).await?;
+        let mut stat = take_stat(&mut first);
+        let mut bulk = None;
+        if first.get_u8() == 1 {
+            match attach(&sandbox.running()?, number).await {
+                Ok(socket) => bulk = Some(socket),
+                Err(error) => {
+                    tracing::info!(%error, id = %sandbox.id, "no bulk stream for a download");
+                    tool = begin(None)?;
+                    first = tool.head(TOOL_STAT_BYTES).await?;
+                    stat = take_stat(&mut first);
                 }
             }
-            Ok(())
-        };
-        in_time(opening).await?;
-        let mut first = head.freeze();
-        let stat = take_stat(&mut first);
-        let (path, id) = (path.to_owned(), Rc::clone(&sandbox.id));
-        Ok(Reading { stat, first, output, path, id, _activity: activity })
+        }
+        Ok(Reading { stat, first, bulk, tool, _activity })
     }
 
-    /// Opens or makes a file for writing, with its directories.
+    /// Opens or makes a file for writing, with its directories. `size_bytes` is what it will have, if that is known.
     ///
     /// # Errors
     /// If the sandbox does not run, or the path cannot be.
-    pub fn write_file(&self, sandbox: &Rc<Sandbox>, path: &str) -> Result<Writing, ServiceError> {
-        let activity = sandbox.activity();
+    pub async fn write_file(
+        &self,
+        sandbox: &Rc<Sandbox>,
+        path: &str,
+        size_bytes: Option<u64>,
+    ) -> Result<Writing, ServiceError> {
+        let _activity = sandbox.activity();
         self.journal.append(&sandbox.tenant, &sandbox.id, "file.written", json!({ "path": path }))?;
-        let Process { input, output } = tool(sandbox, "write", path, true)?;
-        let (path, id) = (path.to_owned(), Rc::clone(&sandbox.id));
-        Ok(Writing { input, output, path, id, _activity: activity })
+        let mut bulk = None;
+        if size_bytes.is_none_or(|bytes| bytes >= BULK_WORTH_BYTES) {
+            let number = ids::random_u64()?;
+            match attach(&sandbox.running()?, number).await {
+                Ok(socket) => bulk = Some((number, socket)),
+                Err(error) => tracing::info!(%error, id = %sandbox.id, "no bulk stream for an upload"),
+            }
+        }
+        let number = bulk.as_ref().map(|(number, _)| *number);
+        let Process { input, output } = tool(sandbox, "write", path, number, true)?;
+        let mut tool = Tool::new(sandbox, path, output);
+        if bulk.is_some() && tool.head(1).await?.get_u8() != 1 {
+            bulk = None;
+        }
+        let bulk = bulk.map(|(_, socket)| socket);
+        Ok(Writing { input, bulk, tool, failed: None, _activity })
     }
 
     /// Lists a directory, by name.
@@ -119,25 +194,19 @@ impl Service {
     pub async fn list_files(&self, sandbox: &Rc<Sandbox>, path: &str) -> Result<Vec<DirEntry>, ServiceError> {
         let _activity = sandbox.activity();
         self.journal.append(&sandbox.tenant, &sandbox.id, "file.listed", json!({ "path": path }))?;
-        let Process { mut output, .. } = tool(sandbox, "list", path, false)?;
+        let Process { output, .. } = tool(sandbox, "list", path, None, false)?;
+        let mut tool = Tool::new(sandbox, path, output);
         let mut listing = BytesMut::new();
-        let reading = async {
-            loop {
-                match output.next().await.map_err(ServiceError::lost(&sandbox.id))? {
-                    Event::Stdout(bytes) if listing.len() + bytes.len() <= LISTING_MAX_BYTES => {
-                        listing.extend_from_slice(&bytes);
-                    }
-                    Event::Stdout(_) => {
-                        return Err(ServiceError::bad("path", "the directory is too large to list"));
-                    }
-                    Event::Stderr(_) => {}
-                    Event::Exited(exited) if exited.shell_code() == 0 => return Ok(()),
-                    Event::Exited(exited) => return Err(problem(path, exited)),
-                    Event::Failed { text, .. } => return Err(ServiceError::Internal(text)),
+        in_time(async {
+            while let Some(bytes) = tool.next().await? {
+                if listing.len() + bytes.len() > LISTING_MAX_BYTES {
+                    return Err(ServiceError::bad("path", "the directory is too large to list"));
                 }
+                listing.extend_from_slice(&bytes);
             }
-        };
-        in_time(reading).await?;
+            Ok(())
+        })
+        .await?;
         Ok(entries(listing.freeze()))
     }
 }
@@ -151,15 +220,19 @@ impl Reading {
         if !self.first.is_empty() {
             return Ok(Some(std::mem::take(&mut self.first)));
         }
-        loop {
-            match self.output.next().await.map_err(ServiceError::lost(&self.id))? {
-                Event::Stdout(bytes) => return Ok(Some(bytes)),
-                Event::Stderr(_) => {}
-                Event::Exited(exited) if exited.shell_code() == 0 => return Ok(None),
-                Event::Exited(exited) => return Err(problem(&self.path, exited)),
-                Event::Failed { text, .. } => return Err(ServiceError::Internal(text)),
+        while let Some(socket) = &mut self.bulk {
+            let mut bytes = BytesMut::with_capacity(PORTION_BYTES);
+            tokio::select! {
+                biased;
+                read = socket.read_buf(&mut bytes) => match read? {
+                    0 => self.bulk = None,
+                    _ => return Ok(Some(bytes.freeze())),
+                },
+                // Only why it failed is news: if it has done its work, the end is on its way.
+                more = self.tool.next(), if !self.tool.done => drop(more?),
             }
         }
+        self.tool.next().await
     }
 }
 
@@ -169,9 +242,27 @@ impl Writing {
     ///
     /// # Errors
     /// If the sandbox ends.
-    pub async fn write(&mut self, bytes: &[u8]) -> Result<bool, ServiceError> {
-        self.input.write(bytes).await.map_err(ServiceError::lost(&self.id))?;
-        Ok(!self.input.is_over())
+    pub async fn write(&mut self, mut bytes: &[u8]) -> Result<bool, ServiceError> {
+        let Some(socket) = &mut self.bulk else {
+            self.input.write(bytes).await.map_err(ServiceError::lost(&self.tool.id))?;
+            return Ok(!self.input.is_over());
+        };
+        while !bytes.is_empty() && self.failed.is_none() {
+            tokio::select! {
+                biased;
+                more = self.tool.next() => match more {
+                    Ok(Some(_)) => {}
+                    Ok(None) => self.failed = Some(early()),
+                    Err(error) => self.failed = Some(error),
+                },
+                written = socket.write(bytes) => match written {
+                    Ok(len) => bytes = &bytes[len..],
+                    // Its worker has let go of it: the tool's word, or the sandbox's end, is on its way.
+                    Err(_) => self.failed = Some(in_time(self.tool.finish()).await.err().unwrap_or_else(early)),
+                },
+            }
+        }
+        Ok(self.failed.is_none())
     }
 
     /// Says that this was all, and waits until the guest has it.
@@ -179,19 +270,28 @@ impl Writing {
     /// # Errors
     /// Why it is not all there.
     pub async fn finish(mut self) -> Result<(), ServiceError> {
-        self.input.end().map_err(ServiceError::lost(&self.id))?;
-        in_time(async {
-            loop {
-                match self.output.next().await.map_err(ServiceError::lost(&self.id))? {
-                    Event::Stdout(_) | Event::Stderr(_) => {}
-                    Event::Exited(exited) if exited.shell_code() == 0 => return Ok(()),
-                    Event::Exited(exited) => return Err(problem(&self.path, exited)),
-                    Event::Failed { text, .. } => return Err(ServiceError::Internal(text)),
-                }
-            }
-        })
-        .await
+        if let Some(error) = self.failed {
+            return Err(error);
+        }
+        match &mut self.bulk {
+            // If it is broken, the tool says why.
+            Some(socket) => drop(socket.shutdown().await),
+            None => self.input.end().map_err(ServiceError::lost(&self.tool.id))?,
+        }
+        in_time(self.tool.finish()).await
     }
+}
+
+fn early() -> ServiceError {
+    ServiceError::Internal("the file tool ended too early".to_owned())
+}
+
+/// A new bulk stream of this number: its other end.
+async fn attach(running: &Running, number: u64) -> Result<UnixStream, ServiceError> {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    ours.set_nonblocking(true)?;
+    running.with_worker(move |worker| worker.attach_bulk(number, &theirs)).await?;
+    Ok(UnixStream::from_std(ours)?)
 }
 
 async fn in_time<T>(work: impl Future<Output = Result<T, ServiceError>>) -> Result<T, ServiceError> {
@@ -199,15 +299,24 @@ async fn in_time<T>(work: impl Future<Output = Result<T, ServiceError>>) -> Resu
     result.unwrap_or(Err(ServiceError::Timeout { what: "the sandbox", limit: PATIENCE }))
 }
 
-fn tool(sandbox: &Rc<Sandbox>, verb: &str, path: &str, stdin: bool) -> Result<Process, ServiceError> {
+fn tool(
+    sandbox: &Rc<Sandbox>,
+    verb: &str,
+    path: &str,
+    bulk: Option<u64>,
+    stdin: bool,
+) -> Result<Process, ServiceError> {
     if path.is_empty() || path.len() >= PATH_MAX_BYTES || path.contains('\0') {
         let why = format!("must be 1 to {} bytes without NUL", PATH_MAX_BYTES - 1);
         return Err(ServiceError::bad("path", why));
     }
     // As a command's working directory.
     let path = if path.starts_with('/') { path.to_owned() } else { format!("/root/{path}") };
+    let number = bulk.map(|number| number.to_string());
+    let arguments: Vec<&[u8]> =
+        [path.as_bytes()].into_iter().chain(number.as_deref().map(str::as_bytes)).collect();
     let conversation = sandbox.running()?.conversation;
-    conversation.tool(verb, path.as_bytes(), stdin).map_err(ServiceError::exec(&sandbox.id))
+    conversation.tool(verb, &arguments, stdin).map_err(ServiceError::exec(&sandbox.id))
 }
 
 /// The tool's exit code is the kernel's error number.

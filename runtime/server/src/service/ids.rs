@@ -22,6 +22,16 @@ pub(crate) fn snapshot_id(node: u16) -> io::Result<String> {
     Ok(format!("snap{node:04x}{}", random_digits(RANDOM_DIGITS)?))
 }
 
+/// A number that nobody guesses, and that is not drawn twice.
+///
+/// # Errors
+/// As [`run_id`].
+pub(super) fn random_u64() -> io::Result<u64> {
+    let mut bytes = [0_u8; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(u64::from_ne_bytes(bytes))
+}
+
 /// Hexadecimal digits from the host's kernel.
 ///
 /// # Errors

@@ -34,7 +34,7 @@ impl Service {
     ) -> Result<DuplexStream, ServiceError> {
         let activity = sandbox.activity();
         let conversation = sandbox.running()?.conversation;
-        let started = conversation.tool("connect", port.to_string().as_bytes(), true);
+        let started = conversation.tool("connect", &[port.to_string().as_bytes()], true);
         let Process { mut output, input } = started.map_err(ServiceError::exec(&sandbox.id))?;
         let connecting = async {
             loop {

@@ -62,6 +62,8 @@ pub(crate) struct Paging<'a> {
     write_protect: bool,
     /// CR4.SMAP with RFLAGS.AC clear: user pages are out of reach.
     no_user: bool,
+    /// The accesses are a user program's: only user pages are in reach.
+    only_user: bool,
     /// PKRU, when CR4.PKE is set.
     keys: Option<u32>,
     /// Entry bits that must be zero at every level.
@@ -93,9 +95,16 @@ impl<'a> Paging<'a> {
             levels: if sregs.cr4 & CR4_LA57 == 0 { 4 } else { 5 },
             write_protect: sregs.cr0 & CR0_WP != 0,
             no_user: sregs.cr4 & CR4_SMAP != 0 && cpu.regs().rflags & RFLAGS_AC == 0,
+            only_user: false,
             keys,
             reserved: above_physical | no_execute,
         })
+    }
+
+    /// For accesses by a program in ring 3 (SDM vol. 3, 4.6.1, "for user-mode accesses").
+    pub(crate) fn of_user(self) -> Self {
+        // CR0.WP and SMAP are about the supervisor.
+        Self { only_user: true, no_user: false, write_protect: true, ..self }
     }
 
     /// Whether every byte of a range has a canonical address (SDM vol. 1, 3.3.7.1).
@@ -178,7 +187,7 @@ impl<'a> Paging<'a> {
         }
         let fault = |extra| Err(page_fault(linear, code(access) | FAULT_PRESENT | extra));
         let user = rights & USER != 0;
-        if user && self.no_user {
+        if user && self.no_user || !user && self.only_user {
             return fault(0);
         }
         if let (true, Some(keys)) = (user, self.keys) {

@@ -96,6 +96,12 @@ pub(crate) fn stats_fd(vcpu: &impl AsRawFd) -> io::Result<File> {
 const _: () = assert!((KVM_SET_SIGNAL_MASK >> 16) & 0x3fff == 4);
 const _: () = assert!((KVM_GET_XSAVE2 >> 16) & 0x3fff == 4096);
 
+/// Leaves the value that a KVM_EXIT_MMIO read waits for in the run page. Call it only after that exit.
+pub(crate) fn answer_mmio(run: &mut kvm_bindings::kvm_run, value: u32) {
+    // Writing to a member of a union of plain integers is safe; after another exit it would garble that one's data.
+    run.__bindgen_anon_1.mmio.data = u64::from(value).to_le_bytes();
+}
+
 /// Data of a KVM_EXIT_INTERNAL_ERROR.
 pub(crate) struct InternalError {
     pub(crate) suberror: u32,

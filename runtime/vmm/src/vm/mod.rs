@@ -286,13 +286,14 @@ impl MicroVm {
         };
         let stopper = Arc::clone(&microvm.event_loop);
         *lock(&shared.on_stop) = Some(Box::new(move || stopper.stop()));
+        let mem = Arc::new(mem);
         for (index, fd) in (0..).zip(fds) {
             let vcpu = Vcpu {
                 fd,
                 index,
                 shared: Arc::clone(&shared),
                 bus: Arc::clone(&bus),
-                mem: mem.clone(),
+                mem: Arc::clone(&mem),
                 xsave: raw::XsaveArea::new(&vm),
                 host: Arc::clone(&host),
                 msrs: Arc::clone(&msrs),
@@ -407,6 +408,14 @@ impl MicroVm {
             RecvTimeoutError::Disconnected => AgentError::Closed,
         })?;
         Agent::greet(socket, timeout)
+    }
+
+    /// Has a program in the guest exchange bytes with `socket` as the bulk stream of this number (see guest-init).
+    ///
+    /// # Errors
+    /// [`VmmError::OutOfRange`] if there are too many at once.
+    pub fn attach_bulk(&self, number: u64, socket: UnixStream) -> Result<(), VmmError> {
+        self.shared.bulk.attach(number, socket)
     }
 
     /// Ends the guest. The reason given first stays.

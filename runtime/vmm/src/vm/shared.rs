@@ -3,6 +3,7 @@
 
 use crate::VmmError;
 use crate::assist::{Counters, Op};
+use crate::bulk;
 use crate::console::Console;
 use crate::doorbell;
 use crate::priority;
@@ -99,6 +100,7 @@ pub(crate) struct Shared {
     exited: Condvar,
     sampling: AtomicBool,
     pub(super) samples: Mutex<Samples>,
+    pub(crate) bulk: bulk::Streams,
     pub(super) on_stop: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
@@ -127,6 +129,7 @@ impl Shared {
             exited: Condvar::new(),
             sampling: AtomicBool::new(false),
             samples: Mutex::new(Samples::default()),
+            bulk: bulk::Streams::default(),
             on_stop: Mutex::new(None),
         }
     }

@@ -371,6 +371,18 @@ impl Worker {
         Ok(Saving { done: ours, saved: Saved { decoded_ns, resumed_ns } })
     }
 
+    /// Has a program in the guest exchange bytes with the other end of `socket`, as the bulk stream of this number
+    /// (see guest-init). The number must be a new one.
+    ///
+    /// # Errors
+    /// [`WorkerError::Refused`] if there are too many at once; or if the worker is gone.
+    pub fn attach_bulk(&self, number: u64, socket: &UnixStream) -> Result<(), WorkerError> {
+        match self.ask(&Request::Bulk { number }, &[socket.as_fd()])? {
+            Reply::HasBulk => Ok(()),
+            other => Err(refused(other)),
+        }
+    }
+
     /// What its guest has cost.
     ///
     /// # Errors

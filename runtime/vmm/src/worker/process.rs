@@ -120,6 +120,14 @@ fn serve_with(mut control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox
                     .unwrap_or_else(|e| Reply::Failed(e.to_string()));
                 send(&control, &reply, &[])
             }
+            (Request::Bulk { number }, Some(sandbox)) => {
+                let reply = match fds.pop().map(|socket| sandbox.vm.attach_bulk(number, socket.into())) {
+                    Some(Ok(())) => Reply::HasBulk,
+                    Some(Err(error)) => Reply::Failed(error.to_string()),
+                    None => Reply::Failed("a bulk stream needs a socket".to_owned()),
+                };
+                send(&control, &reply, &[])
+            }
             (Request::Stats, Some(sandbox)) => {
                 let stats = WorkerStats {
                     emulated_instructions: sandbox.vm.emulated_instructions(),

@@ -56,6 +56,11 @@ pub(crate) enum Request {
         /// The owner's part of the conversation with the agent.
         agent: AgentState,
     },
+    /// The socket that comes with the message is the guest's bulk stream of this number.
+    Bulk {
+        /// See [`crate::MicroVm::attach_bulk`].
+        number: u64,
+    },
     /// Counters.
     Stats,
 }
@@ -99,6 +104,8 @@ pub(crate) enum Reply {
         /// When they were let go again.
         resumed_ns: u64,
     },
+    /// The guest has the bulk stream.
+    HasBulk,
     /// A snapshot is on disk, durable.
     Saved,
     /// There is no space for the snapshot; the guest is as it was before.
