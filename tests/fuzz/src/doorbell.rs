@@ -4,52 +4,17 @@
 //! not let a supervisor write, and with the right bytes (an [`crate::oracle`] says which); only RCX changes;
 //! one call does at most its share; it stops early only where an access would fault.
 
-use crate::cpu::{FakeCpu, intel, kernel, set_pkru};
-use crate::guarded;
-use crate::oracle::{Ram, walk};
+use crate::cpu::FakeCpu;
+use crate::oracle::{Ram, Reached, Who, walk};
+use crate::tables::{Machine, PAGE, address, compare, set_control, write_tables};
 use arbitrary::{Result, Unstructured};
 use kvm_bindings::kvm_regs;
-use peregrine_vmm::assist::HostCpu;
 use peregrine_vmm::doorbell::{Counters, MAX_BYTES, ring};
 use peregrine_vmm::memory::GuestMemory;
 use std::cell::RefCell;
-use std::collections::BTreeSet;
-use vm_memory::{Bytes as _, GuestAddress};
-
-const PAGE: u64 = 4096;
-/// RAM, with a hole between: 16 pages, the first six of them tables, and 16 pages.
-const RAM: [(u64, usize); 2] = [(0, 0x1_0000), (0x2_0000, 0x1_0000)];
-const TABLES: u64 = 6;
-const TABLES_BYTES: usize = (TABLES * PAGE) as usize;
-const PML5: u64 = 0;
-const PML4: u64 = 0x1000;
-const PDPT: u64 = 0x2000;
-const PD: u64 = 0x3000;
-const PT0: u64 = 0x4000;
-const PT1: u64 = 0x5000;
-const ACCESSED_DIRTY: u64 = 0x60;
 
 const COPY: u32 = 1;
 const FILL: u32 = 2;
-
-struct Machine {
-    cpu: FakeCpu,
-    host: HostCpu,
-    mem: GuestMemory,
-    /// RAM as every execution finds it, but for the tables.
-    pristine: [Vec<u8>; 2],
-}
-
-impl Machine {
-    fn new() -> Self {
-        let bytes = |(at, len): (u64, usize)| {
-            (0..len as u64).map(|i| ((at + i) * 31 % 251) as u8 ^ ((at + i) >> 12) as u8).collect()
-        };
-        let mut pristine: [Vec<u8>; 2] = RAM.map(bytes);
-        pristine[0][..TABLES_BYTES].fill(0);
-        Self { cpu: kernel(), host: intel(), mem: guarded::memory(&RAM), pristine }
-    }
-}
 
 thread_local! {
     static MACHINE: RefCell<Machine> = RefCell::new(Machine::new());
@@ -64,13 +29,10 @@ pub fn target(data: &[u8]) {
 }
 
 fn execute(machine: &mut Machine, u: &mut Unstructured<'_>) -> Result<()> {
-    let ranges = RAM.map(|(at, _)| at).into_iter().zip(machine.pristine.clone()).collect();
-    let mut ram = Ram { ranges, walked: BTreeSet::new() };
+    let mut ram = machine.ram();
     let pkru = set_control(&mut machine.cpu, u)?;
-    write_tables(&mut ram.ranges[0].1, u)?;
-    for (at, bytes) in &ram.ranges {
-        machine.mem.write_slice(bytes, GuestAddress(*at)).unwrap_or_else(|e| panic!("{e}"));
-    }
+    write_tables(&mut ram.ranges[0].1, Who::Supervisor, u)?;
+    machine.load(&ram);
     let any: u32 = u.arbitrary()?;
     let operation = *u.choose(&[COPY, COPY, COPY, COPY, FILL, FILL, FILL, any])?;
     let (to, from, len) = (address(u)?, address(u)?, length(u)?);
@@ -90,100 +52,6 @@ fn execute(machine: &mut Machine, u: &mut Unstructured<'_>) -> Result<()> {
     let call = Call { operation, to, from, len, done, pkru };
     call.check(&machine.cpu, ram, &machine.mem);
     Ok(())
-}
-
-/// Control bits that change what a supervisor may do; gives PKRU.
-fn set_control(cpu: &mut FakeCpu, u: &mut Unstructured<'_>) -> Result<u32> {
-    let bits: u8 = u.arbitrary()?;
-    let bit = |n: u8| u64::from(bits >> n & 1);
-    let defaults = kernel();
-    cpu.sregs.cr0 = defaults.sregs.cr0 & !(1 << 16) | bit(0) << 16;
-    cpu.sregs.cr4 = defaults.sregs.cr4 | bit(1) << 12 | bit(2) << 21 | bit(3) << 22;
-    cpu.sregs.efer = 0x500 | bit(4) << 11;
-    cpu.regs.rflags = 2 | bit(5) << 18;
-    let top = if bit(1) == 1 { PML5 } else { PML4 };
-    cpu.sregs.cr3 = if u.ratio(1, 32)? { u.arbitrary()? } else { top | u64::from(bits) & 0x18 };
-    let pkru = if u.arbitrary()? { u.arbitrary()? } else { 0 };
-    set_pkru(cpu, pkru);
-    Ok(pkru)
-}
-
-/// A hierarchy that leads to RAM, some entries of it bent.
-fn write_tables(ram: &mut [u8], u: &mut Unstructured<'_>) -> Result<()> {
-    let mut set = |table: u64, index: u64, entry: u64| {
-        let at = (table + index * 8) as usize;
-        ram[at..at + 8].copy_from_slice(&entry.to_le_bytes());
-    };
-    for index in [0, 511] {
-        set(PML5, index, PML4 | 7);
-        set(PDPT, index, PD | 7);
-        set(PML4, index, PDPT | 7);
-    }
-    set(PML4, 272, PDPT | 7);
-    for (index, table) in [(0, PT0), (1, PT1), (511, PT1), (510, PT0)] {
-        set(PD, index, table | 7);
-    }
-    // Runs of pages at both ends of both tables, with a hole here and there.
-    for index in 0..16_u64 {
-        for (table, index) in [(PT0, index), (PT0, 511 - index), (PT1, index), (PT1, 511 - index)] {
-            set(table, index, leaf(u)?);
-        }
-    }
-    // Any entry of any table may be anything, so that tables may loop, overlap and be written to.
-    for _ in 0..u.int_in_range(0..=3)? {
-        let table = *u.choose(&[PML5, PML4, PDPT, PD, PT0, PT1])?;
-        let index = *u.choose(&[0_u64, 1, 272, 510, 511])?;
-        let entry = match u.int_in_range(0..=4)? {
-            0 => u.arbitrary()?,
-            // A large page; of RAM only its front is there.
-            1 | 2 => u.int_in_range(0..=3_u64)? << 21 | 0x83 | u.arbitrary::<u8>()? as u64,
-            _ => u.int_in_range(0..=15_u64)? << 12 | 7,
-        };
-        set(table, index, entry);
-    }
-    Ok(())
-}
-
-fn leaf(u: &mut Unstructured<'_>) -> Result<u64> {
-    let bits: u16 = u.arbitrary()?;
-    let frame = match bits & 31 {
-        n @ 0..16 => 0x20 + n,
-        n @ 16..26 => n - 10,
-        26 => 0x12,
-        27 => 0x30,
-        n => n - 28,
-    };
-    let flags = match bits >> 5 & 7 {
-        0..=3 => 3,
-        4 => 7,
-        5 => 1,
-        6 => 5,
-        _ => u64::from(bits >> 8),
-    };
-    let high = match bits >> 13 {
-        7 => 1 << 63,
-        6 => 1 << 59,
-        5 => 3 << 60,
-        4 if bits & 0x300 == 0 => 1 << 50,
-        _ => 0,
-    };
-    Ok(u64::from(frame) << 12 | flags | high)
-}
-
-fn address(u: &mut Unstructured<'_>) -> Result<u64> {
-    if u.ratio(1, 32)? {
-        return u.arbitrary();
-    }
-    let base = *u.choose(&[
-        0_u64,
-        0x1f_8000,
-        0xffff_8800_0000_0000,
-        0xffff_8800_001f_8000,
-        0xffff_ffff_ffdf_8000,
-        0xffff_ffff_ffff_0000,
-    ])?;
-    let offset: u16 = u.arbitrary()?;
-    Ok(base.wrapping_add(offset.into()))
 }
 
 fn length(u: &mut Unstructured<'_>) -> Result<u64> {
@@ -238,9 +106,9 @@ impl Call {
         while at < self.done {
             let to_linear = self.to.wrapping_add(at);
             let from_linear = self.from.wrapping_add(at);
-            let to = walk(ram, cpu, self.pkru, to_linear, true);
+            let to = walk(ram, cpu, self.pkru, Who::Supervisor, to_linear, true);
             let copies = self.operation == COPY;
-            let from = copies.then(|| walk(ram, cpu, self.pkru, from_linear, false));
+            let from = copies.then(|| walk(ram, cpu, self.pkru, Who::Supervisor, from_linear, false));
             let (Some(to), None | Some(Some(_))) = (&to, &from) else {
                 assert!(tangled(ram, &pieces), "from {from_linear:#x} to {to_linear:#x} is not allowed");
                 return None;
@@ -261,32 +129,14 @@ impl Call {
         if !known || self.done == self.len.min(MAX_BYTES) {
             return;
         }
-        let reached = |ram: &mut Ram, linear: u64, write| walk(ram, cpu, self.pkru, linear, write);
+        let reached =
+            |ram: &mut Ram, linear: u64, write| walk(ram, cpu, self.pkru, Who::Supervisor, linear, write);
         let to = reached(ram, self.to.wrapping_add(self.done), true);
         let from = reached(ram, self.from.wrapping_add(self.done), false);
-        let stops = |end: Option<crate::oracle::Reached>| end.is_none_or(|end| end.large);
+        let stops = |end: Option<Reached>| end.is_none_or(|end| end.large);
         let reason = stops(to) || self.operation == COPY && stops(from);
         // Or the call wrote over the tables that lead to its end.
         let tangled = pieces.iter().any(|&(to, ..)| ram.is_table(to));
         assert!(reason || tangled, "stopped after {} for nothing", self.done);
-    }
-}
-
-/// Guest memory must be `expected`, but for accessed and dirty bits that were set.
-fn compare(expected: &Ram, mem: &GuestMemory) {
-    for (at, bytes) in &expected.ranges {
-        let mut found = vec![0; bytes.len()];
-        mem.read_slice(&mut found, GuestAddress(*at)).unwrap_or_else(|e| panic!("{e}"));
-        if found == *bytes {
-            continue;
-        }
-        for (index, (old, new)) in bytes.chunks_exact(8).zip(found.chunks_exact(8)).enumerate() {
-            let word = |bytes: &[u8]| bytes.try_into().map_or(0, u64::from_le_bytes);
-            let (old, new) = (word(old), word(new));
-            let gpa = at + index as u64 * 8;
-            let marks = if expected.walked.contains(&gpa) && old & 1 == 1 { ACCESSED_DIRTY } else { 0 };
-            let right = old == new || new & !marks == old & !marks && new & old == old;
-            assert!(right, "{gpa:#x} holds {new:#x}, not {old:#x}");
-        }
     }
 }

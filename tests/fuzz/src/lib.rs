@@ -10,6 +10,7 @@
 //!   coverage.
 
 pub mod assist;
+pub mod bulk;
 mod cpu;
 pub mod devices;
 pub mod doorbell;
@@ -17,6 +18,7 @@ pub mod guarded;
 pub mod images;
 mod oracle;
 pub mod parsers;
+mod tables;
 
 /// A target: its name, its function, and the longest input that makes sense.
 pub struct Target {
@@ -35,6 +37,7 @@ const fn target(name: &'static str, run: fn(&[u8]), most_bytes: usize) -> Target
 /// All of them.
 pub const TARGETS: &[Target] = &[
     target("doorbell", doorbell::target, 512),
+    target("bulk", bulk::target, 512),
     target("assist", assist::target, 512),
     target("block", devices::block, 1024),
     target("vsock", devices::vsock, 1024),

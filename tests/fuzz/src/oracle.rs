@@ -1,5 +1,5 @@
-//! A second opinion on the doorbell: the processor's page walk written down once more, as plainly as
-//! possible, over a copy of guest memory. What the doorbell did must be what this allows.
+//! A second opinion on the doorbell and on bulk streams: the processor's page walk written down once more, as
+//! plainly as possible, over a copy of guest memory. What they did must be what this allows.
 
 use crate::cpu::FakeCpu;
 use std::collections::BTreeSet;
@@ -37,6 +37,15 @@ impl Ram {
         self.walked.range(start..start + PAGE).next().is_some()
     }
 
+    /// Sets bits of the entry at `gpa`.
+    pub(crate) fn mark(&mut self, gpa: u64, bits: u64) {
+        let within = (gpa % PAGE) as usize;
+        if let Some(page) = self.page(gpa) {
+            // All marks stand in its first byte.
+            page[within] |= bits.to_le_bytes()[0];
+        }
+    }
+
     fn entry(&mut self, gpa: u64) -> Option<u64> {
         self.walked.insert(gpa);
         let within = (gpa % PAGE) as usize;
@@ -45,15 +54,46 @@ impl Ram {
     }
 }
 
+/// Whose access it is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Who {
+    Supervisor,
+    /// A program in ring 3.
+    User,
+}
+
 /// A translated address.
 pub(crate) struct Reached {
     pub(crate) gpa: u64,
+    /// Where the entry is that maps it.
+    pub(crate) entry: u64,
     /// One leaf maps more than a page: it may leave RAM, and then the doorbell may give up early.
     pub(crate) large: bool,
 }
 
-/// Where a supervisor's access to `linear` goes; `None` if it faults or leaves RAM.
-pub(crate) fn walk(ram: &mut Ram, cpu: &FakeCpu, pkru: u32, linear: u64, write: bool) -> Option<Reached> {
+/// Where an access to `linear` goes; `None` if it faults or leaves RAM.
+pub(crate) fn walk(
+    ram: &mut Ram,
+    cpu: &FakeCpu,
+    pkru: u32,
+    who: Who,
+    linear: u64,
+    write: bool,
+) -> Option<Reached> {
+    let reached = translate(ram, cpu, pkru, who, linear, write)?;
+    ram.page(reached.gpa)?;
+    Some(reached)
+}
+
+/// As [`walk`], but what is there may be no RAM.
+pub(crate) fn translate(
+    ram: &mut Ram,
+    cpu: &FakeCpu,
+    pkru: u32,
+    who: Who,
+    linear: u64,
+    write: bool,
+) -> Option<Reached> {
     let cr4 = cpu.sregs.cr4;
     let five = cr4 >> 12 & 1 == 1;
     let sign = linear as i64 >> if five { 56 } else { 47 };
@@ -64,7 +104,8 @@ pub(crate) fn walk(ram: &mut Ram, cpu: &FakeCpu, pkru: u32, linear: u64, write: 
     let (mut table, mut all_writable, mut all_user) = (cpu.sregs.cr3 & FRAME & !TOO_HIGH, true, true);
     let shifts: &[u32] = if five { &[48, 39, 30, 21, 12] } else { &[39, 30, 21, 12] };
     for &shift in shifts {
-        let entry = ram.entry(table + (linear >> shift & 511) * 8)?;
+        let at = table + (linear >> shift & 511) * 8;
+        let entry = ram.entry(at)?;
         if entry & PRESENT == 0 || entry & bad != 0 {
             return None;
         }
@@ -86,16 +127,23 @@ pub(crate) fn walk(ram: &mut Ram, cpu: &FakeCpu, pkru: u32, linear: u64, write: 
         let protected = cpu.sregs.cr0 >> 16 & 1 == 1;
         let key = pkru >> (2 * (entry >> 59 & 15));
         let keyed = cr4 >> 22 & 1 == 1 && all_user;
-        if all_user && smap
-            || keyed && key & 1 == 1
-            || keyed && write && protected && key & 2 == 2
-            || write && protected && !all_writable
-        {
+        let denied = match who {
+            Who::Supervisor => {
+                all_user && smap
+                    || keyed && key & 1 == 1
+                    || keyed && write && protected && key & 2 == 2
+                    || write && protected && !all_writable
+            }
+            // CR0.WP and SMAP are none of a program's business.
+            Who::User => {
+                !all_user || write && !all_writable || keyed && (key & 1 == 1 || write && key & 2 == 2)
+            }
+        };
+        if denied {
             return None;
         }
         let gpa = (entry & FRAME & !mask) | (linear & mask);
-        ram.page(gpa)?;
-        return Some(Reached { gpa, large });
+        return Some(Reached { gpa, entry: at, large });
     }
     None
 }

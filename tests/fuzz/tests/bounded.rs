@@ -13,6 +13,11 @@ fn no_registers_and_page_tables_make_the_doorbell_reach_past_them() {
 }
 
 #[test]
+fn no_registers_and_page_tables_make_a_bulk_stream_reach_past_the_program() {
+    bounded("bulk", 20_000);
+}
+
+#[test]
 fn no_instruction_makes_the_assist_panic() {
     bounded("assist", 30_000);
 }
