@@ -24,6 +24,9 @@ const BURST: usize = 100;
 /// them.
 const ROUND: u32 = 40;
 
+/// Size of the file that goes up and down.
+const FILE_MIB: u32 = 32;
+
 /// A daemon with a full pool.
 struct Daemon {
     child: Child,
@@ -106,30 +109,57 @@ struct Client {
 
 impl Client {
     fn call(&mut self, method: &str, path: &str, body: &str) -> Result<Value, Failure> {
+        let len = self.ask(method, path, body)?.ok_or("an answer without a length")?;
+        let mut bytes = vec![0; len];
+        self.reader.read_exact(&mut bytes)?;
+        Ok(serde_json::from_slice(&bytes)?)
+    }
+
+    /// How many bytes the answer's body has: it comes in chunks.
+    fn download(&mut self, path: &str) -> Result<u64, Failure> {
+        if self.ask("GET", path, "")?.is_some() {
+            return Err("an answer that does not come in chunks".into());
+        }
+        let mut all = 0;
+        loop {
+            let mut line = String::new();
+            self.reader.read_line(&mut line)?;
+            let len = u64::from_str_radix(line.trim(), 16)?;
+            // With the end of its line.
+            std::io::copy(&mut self.reader.by_ref().take(len + 2), &mut std::io::sink())?;
+            if len == 0 {
+                return Ok(all);
+            }
+            all += len;
+        }
+    }
+
+    /// Sends a request and reads the head of its answer; the length of the body, if it is given.
+    fn ask(&mut self, method: &str, path: &str, body: &str) -> Result<Option<usize>, Failure> {
         let request = format!(
             "{method} {path} HTTP/1.1\r\nhost: bench\r\nauthorization: Bearer {}\r\ncontent-length: {}\r\n\r\n{body}",
             self.key,
             body.len()
         );
         self.reader.get_mut().write_all(request.as_bytes())?;
-        let (mut status, mut len) = (String::new(), 0);
+        let (mut status, mut len) = (String::new(), None);
         self.reader.read_line(&mut status)?;
         loop {
             let mut line = String::new();
             self.reader.read_line(&mut line)?;
             if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                len = value.trim().parse()?;
+                len = Some(value.trim().parse()?);
             }
             if line.trim().is_empty() {
                 break;
             }
         }
-        let mut bytes = vec![0; len];
-        self.reader.read_exact(&mut bytes)?;
         if !status.starts_with("HTTP/1.1 2") {
+            let mut bytes = vec![0; len.unwrap_or(0)];
+            self.reader.read_exact(&mut bytes)?;
             return Err(format!("{}: {}", status.trim(), String::from_utf8_lossy(&bytes)).into());
         }
-        Ok(serde_json::from_slice(&bytes)?)
+        Ok(len)
     }
 
     /// A create that was due at `due`, and how long after that its answer was there.
@@ -154,7 +184,7 @@ fn row(variant: &str, goals: Option<(f64, f64)>) -> Recorder {
 }
 
 /// One client, one create after the other, with a full pool and for as long as it holds; then creates at a steady rate;
-/// then bursts.
+/// then bursts; a file up and down.
 ///
 /// # Errors
 /// The first request that failed.
@@ -188,7 +218,41 @@ pub fn suite(cache: &Path, samples: u32) -> Result<Vec<Recorder>, Failure> {
             burst.duration(took);
         }
     }
-    Ok(vec![sequential, endless, staggered, burst])
+    let [up, down] = files(&daemon)?;
+    Ok(vec![sequential, endless, staggered, burst, up, down])
+}
+
+/// A file up and down again, some times.
+fn files(daemon: &Daemon) -> Result<[Recorder; 2], Failure> {
+    const TIMES: u32 = 10;
+    let mut rows = ["up", "down"].map(|way| {
+        let promise = Promise {
+            name: "file over HTTP, a MiB".to_owned(),
+            definition: format!(
+                "request -> end of the answer, client's clock, of a {FILE_MIB} MiB file in memory, per MiB"
+            ),
+            goal_p50: None,
+            goal_p999: None,
+        };
+        Recorder::new(promise, way, Unit::Milliseconds)
+    });
+    let mut client = daemon.client()?;
+    let (_, id) = client.create(Instant::now())?;
+    let body = "0123456789abcde\n".repeat((FILE_MIB << 20) as usize / 16);
+    for n in 0..TIMES {
+        eprintln!("file over HTTP: {n} of {TIMES}");
+        let begun = Instant::now();
+        client.call("POST", &format!("/v1/runs/{id}/files/upload?path=/tmp/file"), &body)?;
+        rows[0].duration(begun.elapsed() / FILE_MIB);
+        let begun = Instant::now();
+        let bytes = client.download(&format!("/v1/runs/{id}/files/download?path=/tmp/file"))?;
+        rows[1].duration(begun.elapsed() / FILE_MIB);
+        if bytes != u64::from(FILE_MIB) << 20 {
+            return Err(format!("{bytes} bytes came back").into());
+        }
+    }
+    client.destroy(&id)?;
+    Ok(rows)
 }
 
 /// Creates at a steady rate, each by the next of a few clients; one that is late counts from when it was due.

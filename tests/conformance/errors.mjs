@@ -5,7 +5,7 @@ import { copyFileSync, mkdirSync, readdirSync, readFileSync, rmSync, truncateSyn
 import { createServer } from 'node:http';
 import { DatabaseSync } from 'node:sqlite';
 
-const { ISORUN_API_URL: base, ISORUN_API_KEY: key, PEREGRINE: program, PEREGRINE_STATE: state, DAEMON_PID: daemon } = process.env;
+const { ISORUN_API_URL: base, ISORUN_API_KEY: key, PEREGRINE: program, PEREGRINE_STATE: state } = process.env;
 const seen = new Map();
 const call = async (method, path, { body, raw, headers = {}, as = key } = {}) => {
   const response = await fetch(base + path, {
@@ -143,14 +143,15 @@ for (const run of (await call('GET', '/v1/runs')).value.runs) if (run.id !== san
 
 // One of them stands still: nothing is known of what it was asked.
 const all = () => readdirSync('/proc').filter((pid) => /^\d+$/.test(pid)).filter((pid) => {
-  try { return readFileSync(`/proc/${pid}/stat`, 'latin1').split(') ')[1].split(' ')[1] === daemon; } catch { return false; }
+  const read = (file) => readFileSync(`/proc/${pid}/${file}`, 'latin1');
+  try { return read('comm') === 'worker\n' && read('cmdline').split('\0').includes(state); } catch { return false; }
 });
 const still = all();
 still.forEach((pid) => process.kill(Number(pid), 'SIGSTOP'));
 await fails('sandbox_stuck', 'POST', `${at}/fork`);
 still.forEach((pid) => process.kill(Number(pid), 'SIGCONT'));
 
-// The daemon's children are workers; killed, their sandboxes are lost, and say so.
+// Killed workers' sandboxes are lost, and say so.
 const workers = all();
 assert.ok(workers.length > 0);
 workers.forEach((pid) => process.kill(Number(pid), 'SIGKILL'));

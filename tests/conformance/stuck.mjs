@@ -37,9 +37,9 @@ const read = (pid, file) => { try { return readFileSync(`/proc/${pid}/${file}`, 
 // Field 2 behind the name is the parent; 12 and 13 are ticks of CPU time (proc_pid_stat(5)).
 const stat = (pid) => read(pid, 'stat').split(') ')[1]?.split(' ') ?? [];
 const lives = (pid) => ![undefined, 'Z', 'X'].includes(stat(pid)[0]);
-// All workers of this daemon and of the one before, whoever their parents are: fork's children inherit the variable too.
-const workers = () => readdirSync('/proc').filter((pid) => /^\d+$/.test(pid) && pid !== daemon && lives(pid)
-  && read(pid, 'environ').split('\0').includes(`PEREGRINE_STATE=${state}`) && read(pid, 'cmdline').split('\0')[1] === 'worker');
+// All workers of this daemon and of the one before, whoever their parents are.
+const workers = () => readdirSync('/proc').filter((pid) => /^\d+$/.test(pid) && lives(pid)
+  && read(pid, 'comm') === 'worker\n' && read(pid, 'cmdline').split('\0').includes(state));
 const children = (of) => workers().filter((pid) => stat(pid)[1] === String(of));
 const described = () => workers().map((pid) => `${pid}: child of ${stat(pid)[1]}, ${stat(pid)[0]} in ${read(pid, 'wchan')}`).join('; ');
 const ticks = (pid) => Number(stat(pid)[11] ?? 0) + Number(stat(pid)[12] ?? 0);

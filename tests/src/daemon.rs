@@ -93,19 +93,32 @@ impl Daemon {
         self.state.path().join("state")
     }
 
-    /// The processes that are its children: workers.
+    /// Its workers' processes, those of a daemon before it included.
     ///
     /// # Panics
     /// If `/proc` cannot be read.
     #[must_use]
     pub fn workers(&self) -> Vec<u32> {
+        self.processes("worker")
+    }
+
+    /// The processes of this name that work on its state directory.
+    ///
+    /// # Panics
+    /// If `/proc` cannot be read.
+    #[must_use]
+    pub fn processes(&self, name: &str) -> Vec<u32> {
+        let state = self.state();
         let all = std::fs::read_dir("/proc").unwrap_or_else(|e| panic!("{e}"));
         let pids = all.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse::<u32>().ok());
-        let parent = |pid: &u32| {
-            let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-            stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse::<u32>().ok()
+        let ours = |pid: &u32| {
+            let read = |file: &str| std::fs::read(format!("/proc/{pid}/{file}")).unwrap_or_default();
+            read("comm").trim_ascii() == name.as_bytes()
+                && read("cmdline")
+                    .split(|byte| *byte == 0)
+                    .any(|word| word == state.as_os_str().as_encoded_bytes())
         };
-        pids.filter(|pid| parent(pid) == Some(self.pid())).collect()
+        pids.filter(ours).collect()
     }
 
     /// Ends it as a service is ended, and waits; its state stays.

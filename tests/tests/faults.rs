@@ -17,6 +17,13 @@ fn run(daemon: &Daemon, program: &str, arguments: &[&str]) -> String {
     stdout.trim().to_owned()
 }
 
+/// The daemon, and the process that its workers are forked from.
+fn both(daemon: &Daemon) -> [u32; 2] {
+    let zygotes = daemon.processes("zygote");
+    assert_eq!(zygotes.len(), 1, "{zygotes:?}");
+    [daemon.pid(), zygotes[0]]
+}
+
 #[test]
 fn a_host_that_has_nothing_left_to_give_is_named_and_survived() {
     if !faults_or_skip("a_host_that_has_nothing_left_to_give_is_named_and_survived", &["strace", "prlimit"]) {
@@ -27,21 +34,19 @@ fn a_host_that_has_nothing_left_to_give_is_named_and_survived() {
     run(&daemon, "exhausted.mjs", &["files", &canary]);
 
     let clones = "clone,clone3,fork,vfork";
-    let none =
-        Strace::attach(daemon.pid(), &[&format!("trace={clones}"), &format!("inject={clones}:error=EAGAIN")]);
+    let filter = [&*format!("trace={clones}"), &*format!("inject={clones}:error=EAGAIN")];
+    let none = both(&daemon).map(|pid| Strace::attach(pid, &filter));
     run(&daemon, "exhausted.mjs", &["threads", &canary]);
-    let seen = none.detach();
+    let [_, seen] = none.map(Strace::detach);
     assert!(seen.iter().any(|(_, call)| call.contains("EAGAIN")), "{seen:?}");
     run(&daemon, "exhausted.mjs", &["well", &canary]);
 
     // Every other one of them; workers are traced too.
     let calls = "recvmsg,sendmsg,accept4,epoll_wait";
-    let interrupted = Strace::attach(
-        daemon.pid(),
-        &[&format!("trace={calls}"), &format!("inject={calls}:error=EINTR:when=1+2")],
-    );
+    let filter = [&*format!("trace={calls}"), &*format!("inject={calls}:error=EINTR:when=1+2")];
+    let interrupted = both(&daemon).map(|pid| Strace::attach(pid, &filter));
     run(&daemon, "exhausted.mjs", &["well", &canary]);
-    let seen = interrupted.detach();
+    let seen = interrupted.map(Strace::detach).concat();
     assert!(seen.iter().any(|(_, call)| call.starts_with("recvmsg") && call.contains("EINTR")), "{seen:?}");
     // What was refused is not in it half.
     daemon.end_and_verify();

@@ -111,6 +111,45 @@ fn a_template_that_was_damaged_while_its_pool_ran_is_made_again() {
 }
 
 #[test]
+fn workers_are_forked_from_one_process_and_from_the_next_when_it_is_gone() {
+    if !kvm_or_skip("workers_are_forked_from_one_process_and_from_the_next_when_it_is_gone") {
+        return;
+    }
+    let daemon = Daemon::start(CONFIG);
+    let set = |min: &str| answer(&daemon, &["set", "node:22-slim", "--min", min, "--max", min]);
+    let id = set("2")["id"].as_str().unwrap().to_owned();
+    once_ready(&daemon, &id, 2);
+    let zygotes = daemon.processes("zygote");
+    assert_eq!(zygotes.len(), 1);
+    let workers = daemon.workers();
+    assert_eq!(workers.len(), 2);
+    // Fields 4 and 5 of proc_pid_stat(5): the parent and the process group.
+    let stat = |pid: u32| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+        let mut fields =
+            stat.rsplit_once(") ").unwrap().1.split(' ').skip(1).map(|n| n.parse::<u32>().unwrap());
+        (fields.next().unwrap(), fields.next().unwrap())
+    };
+    for worker in &workers {
+        let (parent, group) = stat(*worker);
+        assert_eq!(parent, zygotes[0]);
+        assert_ne!(group, stat(daemon.pid()).1, "a terminal's Ctrl-C would end it");
+        assert_eq!(std::fs::read(format!("/proc/{worker}/environ")).unwrap(), b"", "nothing of the daemon's");
+    }
+
+    tests::kill("KILL", zygotes[0]);
+    while std::path::Path::new(&format!("/proc/{}/exe", zygotes[0])).exists() {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    assert_eq!(daemon.workers(), workers);
+    // Of a pool that changes all workers are new ones.
+    set("3");
+    once_ready(&daemon, &id, 3);
+    let next = daemon.processes("zygote");
+    assert!(next.len() == 1 && next != zygotes, "{zygotes:?} {next:?}");
+}
+
+#[test]
 fn a_template_is_not_made_for_nobody() {
     if !kvm_or_skip("a_template_is_not_made_for_nobody") {
         return;
@@ -143,8 +182,10 @@ fn a_template_is_not_made_for_nobody() {
         maker.wait().unwrap().success() && said.contains("Err") && said.contains("/nowhere/vmlinux"),
         "{said}"
     );
-    let made = std::fs::read_dir(cache.path().join("template")).into_iter().flatten().count();
-    assert_eq!(made, 0);
+    // The one that nobody waited for may have begun: its lock and what it had of a template are left.
+    let begun = std::fs::read_dir(cache.path().join("template")).into_iter().flatten().flatten();
+    let made: Vec<_> = begun.filter(|entry| entry.path().join("state").exists()).collect();
+    assert!(made.is_empty(), "{made:?}");
 }
 
 #[test]

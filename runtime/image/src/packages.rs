@@ -3,6 +3,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::{Mutex, PoisonError};
 
 use crate::error::Error;
 use crate::progress::Progress;
@@ -13,9 +14,12 @@ const INSTALL: [&str; 3] = ["install", "-y", "--no-install-recommends"];
 /// Makes sure that Debian packages are installed: as root installs the missing ones with apt-get and says so,
 /// as a user fails with the command that root should run.
 pub fn ensure_tools(packages: &[&str], progress: &mut dyn Progress) -> Result<(), Error> {
+    /// Kernel and image are built at the same time, and each may lack something.
+    static TURN: Mutex<()> = Mutex::new(());
     if packages.is_empty() {
         return Ok(());
     }
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let missing = missing(packages)?;
     if missing.is_empty() {
         return Ok(());

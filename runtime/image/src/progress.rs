@@ -13,6 +13,10 @@ pub trait Progress {
     fn message(&mut self, text: &str);
     /// The current step is complete.
     fn end(&mut self);
+    /// Receives what another build does at the same time.
+    fn beside(&mut self) -> Box<dyn Progress + Send> {
+        Box::new(Lines::new(std::io::stderr()))
+    }
 }
 
 /// Says nothing.
@@ -24,6 +28,9 @@ impl Progress for Silent {
     fn advance(&mut self, _done: u64) {}
     fn message(&mut self, _text: &str) {}
     fn end(&mut self) {}
+    fn beside(&mut self) -> Box<dyn Progress + Send> {
+        Box::new(Self)
+    }
 }
 
 /// Plain lines, for logs and pipes: one when a step begins, one per quarter of it.

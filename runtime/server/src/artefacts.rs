@@ -48,21 +48,26 @@ impl Artefacts {
             Some(dir) => Store::at(dir)?,
             None => Store::open()?,
         };
-        let (kernel, system_map) = match &wanted.kernel {
-            Some(path) => {
-                let map = path.with_file_name("System.map");
-                (path.clone(), map.exists().then_some(map))
-            }
-            None => {
-                let built = peregrine_image::kernel(&store, progress)?;
-                (built.vmlinux, Some(built.system_map))
-            }
-        };
+        // Each has long stretches for one processor, or for the network.
+        let mut beside = progress.beside();
+        let (kernel, image) = std::thread::scope(|scope| {
+            let image = scope.spawn(|| match &wanted.image {
+                Some(path) => Ok(path.clone()),
+                None => peregrine_image::default_image(&store, beside.as_mut()).map(|image| image.path),
+            });
+            let kernel = match &wanted.kernel {
+                Some(path) => {
+                    let map = path.with_file_name("System.map");
+                    Ok((path.clone(), map.exists().then_some(map)))
+                }
+                None => peregrine_image::kernel(&store, progress)
+                    .map(|built| (built.vmlinux, Some(built.system_map))),
+            };
+            let image = image.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            (kernel, image)
+        });
+        let ((kernel, system_map), image) = (kernel?, image?);
         let agent_disk = peregrine_image::agent_disk(&store, AGENT_ELF, progress)?;
-        let image = match &wanted.image {
-            Some(path) => path.clone(),
-            None => peregrine_image::default_image(&store, progress)?.path,
-        };
         Ok(Self { kernel, system_map, agent_disk, image, store })
     }
 }

@@ -87,7 +87,7 @@ async fn serve(start: Start, ready: impl FnOnce(SocketAddr, Option<&str>)) -> Re
     let listener = TcpListener::bind(address).await.map_err(listen)?;
     let address = listener.local_addr().map_err(listen)?;
     let region = start.config.region.clone();
-    let service = Service::start(start.config, &start.state, start.artefacts, start.program)?;
+    let service = Service::start(start.config, &start.state, start.artefacts, &start.program)?;
     // After the state directory was taken over: its files are this daemon's.
     let keys = Keys::open(&start.state.join("keys"))?;
     let key = start.dev.then(|| keys.mint("dev", &region)).transpose()?.map(|minted| minted.key);

@@ -19,6 +19,8 @@ mod template;
 mod timing;
 
 use clap::{Parser, Subcommand};
+use peregrine_vmm::worker;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -68,15 +70,19 @@ enum Verb {
     /// One microVM's process, spoken to over its standard input
     #[command(hide = true)]
     Worker,
+    /// Forks itself for each worker that a daemon wants
+    #[command(hide = true, name = peregrine::service::ZYGOTE_VERB)]
+    Zygote,
     /// Makes one template, for a daemon
     #[command(hide = true, name = peregrine::template::maker::VERB)]
     MakeTemplate,
 }
 
-/// Becomes a worker; returns only if standard input cannot be taken over.
-fn worker() -> Result<u8, CliError> {
-    let control = std::os::fd::AsFd::as_fd(&std::io::stdin()).try_clone_to_owned();
-    peregrine_vmm::worker::serve(control.map_err(CliError::io("cannot take over standard input"))?)
+/// Becomes a worker, or what makes them, that is spoken to over standard input; returns only if that cannot be taken
+/// over.
+fn become_worker(serve: fn(OwnedFd) -> !) -> Result<u8, CliError> {
+    let control = std::io::stdin().as_fd().try_clone_to_owned();
+    serve(control.map_err(CliError::io("cannot take over standard input"))?)
 }
 
 /// Runs the command line of this process.
@@ -92,7 +98,8 @@ pub(crate) fn main() -> ExitCode {
         Verb::Pool(pool) => pool::pool(pool),
         Verb::Audit(audit) => audit::audit(audit),
         Verb::Doctor(doctor) => doctor::doctor(doctor, cache),
-        Verb::Worker => worker(),
+        Verb::Worker => become_worker(worker::serve),
+        Verb::Zygote => become_worker(worker::serve_zygote),
         Verb::MakeTemplate => {
             peregrine::template::maker::serve().map(|()| 0).map_err(CliError::io("no order"))
         }

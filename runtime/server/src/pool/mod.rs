@@ -14,7 +14,7 @@ use crate::executor;
 use crate::places::Places;
 use measure::Latencies;
 use peregrine_vmm::DiskConfig;
-use peregrine_vmm::worker::WorkerError;
+use peregrine_vmm::worker::{WorkerError, Zygote};
 use prewarm::{Action, Cause, Checkout, Depth, Limits, Policy, SlotId, Ticket};
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -115,13 +115,13 @@ impl std::fmt::Debug for Pool {
 }
 
 impl Pool {
-    /// An empty pool whose workers are `program worker`, and answer within `patience`.
+    /// An empty pool whose workers come from `zygote`, and answer within `patience`.
     ///
     /// # Errors
     /// If a limit is out of range.
     pub fn start(
         limits: Limits,
-        program: PathBuf,
+        zygote: Arc<Zygote>,
         patience: Duration,
         places: Places,
     ) -> Result<Self, PoolError> {
@@ -129,7 +129,7 @@ impl Pool {
         let (orders, receiver) = mpsc::unbounded_channel();
         let owner = Owner {
             pool,
-            program,
+            zygote,
             patience,
             places,
             epoch: Instant::now(),
@@ -202,7 +202,7 @@ struct Waiting {
 
 struct Owner {
     pool: prewarm::Pool<TemplateKey>,
-    program: PathBuf,
+    zygote: Arc<Zygote>,
     patience: Duration,
     places: Places,
     epoch: Instant,
@@ -374,7 +374,7 @@ impl Owner {
         let (Some(orders), source) = (self.orders.upgrade(), self.sources.get(template).cloned()) else {
             return;
         };
-        let (program, begun, patience) = (self.program.clone(), self.shells.remove(&slot), self.patience);
+        let (zygote, begun, patience) = (Arc::clone(&self.zygote), self.shells.remove(&slot), self.patience);
         let places = self.places.clone();
         let wanted = Rc::clone(&self.wanted);
         let waited_for = !self.waiting.is_empty();
@@ -388,7 +388,7 @@ impl Owner {
             let result = executor::in_the_background(move || {
                 let shell = match begun {
                     Some(shell) => shell,
-                    None => Shell::spawn(&program, patience)?,
+                    None => Shell::make(&zygote, patience)?,
                 };
                 match (to, source) {
                     (Depth::Parked, Some(source)) => shell.park(&source, &places),

@@ -4,10 +4,8 @@ use super::Source;
 use crate::executor;
 use crate::places::Places;
 use peregrine_vmm::agent::Identity;
-use peregrine_vmm::worker::{Going, Parked, Rendezvous, Worker, WorkerError};
-use std::ffi::OsStr;
+use peregrine_vmm::worker::{Going, Parked, Rendezvous, Worker, WorkerError, Zygote};
 use std::os::fd::AsFd as _;
-use std::path::Path;
 use std::time::Duration;
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -70,9 +68,9 @@ impl Shell {
     /// A process without a guest; how long it may take to answer from now on.
     ///
     /// # Errors
-    /// If it cannot be started.
-    pub fn spawn(program: &Path, patience: Duration) -> Result<Self, WorkerError> {
-        let worker = Worker::spawn(program, &[OsStr::new("worker")])?.with_patience(patience)?;
+    /// If it cannot be made.
+    pub fn make(zygote: &Zygote, patience: Duration) -> Result<Self, WorkerError> {
+        let worker = zygote.worker()?.with_patience(patience)?;
         Ok(Self(Held::new(Stage::Empty(worker))))
     }
 

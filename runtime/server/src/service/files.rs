@@ -8,6 +8,7 @@ use super::{FileProblem, Service, ServiceError};
 use crate::conversation::{Event, Input, Output, Process};
 use bytes::{Buf as _, Bytes, BytesMut};
 use guest_init::{BULK_WORTH_BYTES, Exited, TOOL_STAT_BYTES};
+use peregrine_vmm::worker::WorkerError;
 use serde_json::json;
 use std::rc::Rc;
 use std::time::Duration;
@@ -287,7 +288,7 @@ fn early() -> ServiceError {
 }
 
 /// A new bulk stream of this number: its other end.
-async fn attach(running: &Running, number: u64) -> Result<UnixStream, ServiceError> {
+async fn attach(running: &Running, number: u64) -> Result<UnixStream, WorkerError> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
     running.with_worker(move |worker| worker.attach_bulk(number, &theirs)).await?;

@@ -49,14 +49,18 @@ use crate::executor;
 use crate::places::Places;
 use crate::pool::{Pool, PoolError};
 use crate::registry::{Registry, RegistryError, RunRow};
+use peregrine_vmm::worker::Zygote;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 use templates::Templates;
 
+/// The hidden verb of the process that workers are forked from.
+pub const ZYGOTE_VERB: &str = "zygote";
 /// How often the audit log is signed and made durable.
 const SEAL_EVERY: Duration = Duration::from_secs(5);
 /// Where running workers wait for the next daemon, in the state directory.
@@ -107,8 +111,7 @@ pub struct Service {
     making: Cell<usize>,
     state: PathBuf,
     places: Places,
-    /// What a worker is.
-    program: PathBuf,
+    zygote: Arc<Zygote>,
     /// Held while the daemon lives.
     _lock: File,
 }
@@ -125,8 +128,8 @@ fn pool_limits(config: &Config) -> prewarm::Limits {
 }
 
 impl Service {
-    /// Takes the state directory over and starts the pool; `program worker` is a worker, `program make-template` makes
-    /// a template.
+    /// Takes the state directory over and starts the pool; `program zygote` makes workers, `program
+    /// make-template` a template.
     ///
     /// # Errors
     /// Why not.
@@ -134,7 +137,7 @@ impl Service {
         config: Config,
         state: &Path,
         artefacts: Artefacts,
-        program: PathBuf,
+        program: &Path,
     ) -> Result<Rc<Self>, StartError> {
         let failed = |source| StartError::State { path: state.to_owned(), source };
         for dir in [state.to_owned(), state.join(WORKERS), state.join(STREAMS)] {
@@ -149,11 +152,14 @@ impl Service {
         let limits = pool_limits(&config);
         let prefix = ids::random_digits(PLACE_DIGITS).map_err(failed)?;
         let places = Places::new(state.join(WORKERS), Duration::from_secs(config.limits.orphan_s), prefix);
+        // The state directory says in lists of processes whose they are.
+        let arguments = vec!["--state".into(), state.into(), ZYGOTE_VERB.into()];
+        let zygote = Arc::new(Zygote::new(program.to_owned(), arguments));
         let service = Rc::new(Self {
-            pool: Pool::start(limits, program.clone(), config.limits.patience(), places.clone())?,
+            pool: Pool::start(limits, Arc::clone(&zygote), config.limits.patience(), places.clone())?,
             places,
-            templates: Templates::new(artefacts, &program),
-            program,
+            templates: Templates::new(artefacts, program),
+            zygote,
             registry: Registry::open(&state.join("registry.db"))?,
             journal: Journal::open(&state.join("audit")).map_err(failed)?,
             streams: stream::Streams::default(),

@@ -17,6 +17,7 @@ use serde_json::json;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Bytes of a block as stat(2) counts them.
@@ -115,12 +116,12 @@ impl Service {
     pub(super) async fn wake(&self, shape: &Shape, dir: &Path, id: &str) -> Result<Begun, ServiceError> {
         let disks = self.templates.disks(&shape.image);
         let source = Source { dir: dir.to_owned(), disks, mender: None };
-        let (identity, program, places) = (identity(id)?, self.program.clone(), self.places.clone());
+        let (identity, zygote, places) = (identity(id)?, Arc::clone(&self.zygote), self.places.clone());
         let patience = self.config.limits.patience();
         let park = move || {
             let verified = Stored::open(&source.dir).and_then(|stored| stored.verify_memory());
             verified.map_err(|error| WorkerError::Refused(error.to_string()))?;
-            Shell::spawn(&program, patience)?.park(&source, &places)
+            Shell::make(&zygote, patience)?.park(&source, &places)
         };
         let begun = match executor::blocking(park).await {
             Ok(shell) => shell.begin(&identity, patience).await,

@@ -1,5 +1,6 @@
 //! Processes: fork, and the descriptors that a forked child must not keep.
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::RawFd;
 
@@ -47,6 +48,12 @@ pub(crate) fn close_all_but(keep: &[RawFd]) {
 pub(crate) fn exit_now(code: i32) -> ! {
     // SAFETY: it never returns and touches no memory.
     unsafe { libc::_exit(code) }
+}
+
+/// Gives the calling thread, and with it a process of one thread, its name in ps(1) and top(1).
+pub(crate) fn set_name(name: &CStr) {
+    // SAFETY: a NUL-terminated string, of which the kernel takes the first 15 bytes. It cannot fail otherwise.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
 }
 
 /// Children that end leave nothing behind to wait for (sigaction(2), SIG_IGN for SIGCHLD).

@@ -64,7 +64,7 @@ pub enum WorkerError {
 #[derive(Debug)]
 pub struct Worker {
     control: OwnedFd,
-    /// `None` for a forked child: its parent worker is its parent process, which does not wait for it.
+    /// `None` for a forked one: its parent process is another worker or the zygote, which does not wait for it.
     child: Option<Child>,
     /// The process, if it is no child process of this one: a forked child's, or another owner's before.
     process: Option<OwnedFd>,
@@ -197,6 +197,11 @@ impl Worker {
         Ok(Self::new(ours, Some(child), None))
     }
 
+    /// A worker whose process is on its way to the other end of this socket.
+    pub(super) fn hatched(control: OwnedFd) -> Self {
+        Self::new(control, None, None)
+    }
+
     fn new(control: OwnedFd, child: Option<Child>, patience: Option<Duration>) -> Self {
         Self { control, child, process: None, patience, owed: Mutex::new(0) }
     }
@@ -255,7 +260,11 @@ impl Worker {
     /// [`WorkerError::Refused`] with the reason.
     pub fn prepare(self, dir: &Path, disks: &[DiskConfig]) -> Result<Parked, WorkerError> {
         let disks = disks.iter().map(|disk| (disk.path.clone(), disk.read_only)).collect();
-        in_time(send(&self.control, &Request::Prepare { dir: dir.to_owned(), disks }, &[]))?;
+        match send(&self.control, &Request::Prepare { dir: dir.to_owned(), disks }, &[]) {
+            // A zygote that could not fork has said why.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            sent => in_time(sent)?,
+        }
         self.parked()
     }
 
@@ -404,7 +413,13 @@ impl Drop for Worker {
                 let _ = child.wait();
             }
             // The same; if it stands still it would not hear of it.
-            (None, Some(process)) => drop(pidfd_send_signal(process, Signal::KILL)),
+            (None, Some(process)) => {
+                if pidfd_send_signal(process, Signal::KILL).is_ok() {
+                    // Readable when it has ended (pidfd_open(2)).
+                    let _ =
+                        rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(process, PollFlags::IN)], None));
+                }
+            }
             // A closed socket alone might mean that this owner was killed.
             (None, None) => drop(send(&self.control, &Request::End, &[])),
         }
@@ -506,7 +521,7 @@ impl AsFd for Starting {
     }
 }
 
-fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)?)
 }
 
@@ -536,6 +551,7 @@ fn refused(reply: Reply) -> WorkerError {
     match reply {
         Reply::Failed(why) => WorkerError::Refused(why),
         Reply::NoSpace(why) => WorkerError::NoSpace(why),
+        Reply::NoProcess { errno } => io::Error::from_raw_os_error(errno).into(),
         other => WorkerError::OutOfTurn(format!("{other:?}")),
     }
 }

@@ -1,4 +1,4 @@
-//! Workers: one process per microVM, spawned ahead of need.
+//! Workers: one process per microVM, made ahead of need: executed ([`Worker::spawn`]) or forked from a [`Zygote`].
 //!
 //! ```text
 //!            Prepare           Go               Fork
@@ -22,10 +22,12 @@ mod client;
 mod process;
 mod rendezvous;
 mod wire;
+mod zygote;
 
 pub use client::{Attached, Fork, Forking, Going, MOST_CHILDREN, Parked, Saved, Saving, Worker, WorkerError};
-pub use process::serve;
+pub use process::{serve, serve_zygote};
 pub use rendezvous::Rendezvous;
+pub use zygote::Zygote;
 
 use serde::{Deserialize, Serialize};
 

@@ -11,10 +11,11 @@ use crate::event_loop::ring::peek_bytes;
 use crate::memory::GuestMemory;
 use crate::priority;
 use crate::snapshot::{AgentState, Compat, MachineState, Run, Snapshot, Stored};
-use crate::sys::process::{Forked, close_all_but, exit_now, fork, ignore_children};
+use crate::sys::process::{Forked, close_all_but, exit_now, fork, ignore_children, set_name};
 use crate::vm::{DiskConfig, MicroVm, Shell, open_disks, open_kvm};
 use kvm_ioctls::Kvm;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use std::ffi::CStr;
 use std::fs::File;
 use std::io;
 use std::mem::ManuallyDrop;
@@ -24,6 +25,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+/// What a worker is called in lists of processes.
+const NAME: &CStr = c"worker";
 /// How long `Go` waits for the guest's first VM exit: a guest that computes makes none.
 const FIRST_EXIT_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -48,14 +51,48 @@ struct Sandbox {
 
 /// Serves one owner until it goes away. Ends the process, so that nothing can be left of its guest.
 pub fn serve(control: OwnedFd) -> ! {
+    get_ready();
+    set_name(NAME);
+    serve_with(control, make_shell().ok(), None)
+}
+
+/// Forks itself for each worker that its owner wants, until the owner goes away: a worker that is forked is there in a
+/// third of the time of one that is executed, and what does not differ it has in common with all others.
+///
+/// The process must have no other thread.
+pub fn serve_zygote(control: OwnedFd) -> ! {
+    get_ready();
+    set_name(c"zygote");
+    if let Ok(kvm) = open_kvm() {
+        let _ = crate::vcpu::supported_cpuid(&kvm);
+    }
+    while let Ok((Request::Hatch, mut fds)) = receive::<Request>(&control) {
+        let Some(theirs) = fds.pop() else { continue };
+        match fork() {
+            Ok(Forked::Child) => {
+                let _guard = AbortOnUnwind;
+                close_all_but(&[theirs.as_raw_fd()]);
+                set_name(NAME);
+                serve_with(theirs, make_shell().ok(), None)
+            }
+            Ok(Forked::Parent) => drop(theirs),
+            Err(error) => {
+                let errno = error.raw_os_error().unwrap_or(0);
+                // If nobody hears it, nobody waits for it.
+                let _ = send(&theirs, &Reply::NoProcess { errno }, &[]);
+            }
+        }
+    }
+    exit_now(0)
+}
+
+/// What is the same for every guest is found out before there is one: CPUID traps where this host is a virtual machine,
+/// and KVM's answer takes a third of a millisecond. If there is no KVM, the first request says so.
+fn get_ready() {
     ignore_children();
     // Guests are made, and run, as everybody else.
     let _ = priority::equal();
-    // What is the same for every guest is found out and made before there is one: CPUID traps where this host is a
-    // virtual machine, and KVM's answer takes a third of a millisecond. If there is no KVM, the first request
-    // says so.
     let _ = (Compat::host(), HostCpu::this());
-    serve_with(control, make_shell().ok(), None)
 }
 
 /// What a guest is built in.

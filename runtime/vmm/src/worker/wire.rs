@@ -22,6 +22,8 @@ pub(crate) const MOST_FDS: usize = 250;
 /// What the owner asks for.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
+    /// To a zygote: become two. The new worker's control socket comes with the message.
+    Hatch,
     /// Restore a snapshot and stand still. Its memory has been verified by the owner.
     Prepare {
         /// The snapshot's directory.
@@ -112,6 +114,11 @@ pub(crate) enum Reply {
     NoSpace(String),
     /// See [`super::WorkerStats`].
     Stats(super::WorkerStats),
+    /// The zygote could not fork: there is no worker.
+    NoProcess {
+        /// Linux's error number.
+        errno: i32,
+    },
     /// It could not be done; the guest is as it was before.
     Failed(String),
 }

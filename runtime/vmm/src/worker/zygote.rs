@@ -1,0 +1,89 @@
+//! A process that workers are forked from.
+//!
+//! Executing a program is most of what a new worker costs: its pages are mapped and found one by one, and the kernel
+//! does much of it without letting anybody else have the processor. What is forked has its pages already. The price is
+//! that all workers of a zygote have one address space layout: so it serves [`MOST_WORKERS`] and is replaced, and it has
+//! no environment that they could leak.
+
+use super::client::pair;
+use super::wire::{Request, send};
+use super::{Worker, WorkerError};
+use std::ffi::OsString;
+use std::io;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
+
+/// How many workers have the same address space layout.
+const MOST_WORKERS: u32 = 256;
+
+/// Makes workers. Their zygote is started with the first one, and again when it has ended.
+#[derive(Debug)]
+pub struct Zygote {
+    program: PathBuf,
+    arguments: Vec<OsString>,
+    process: Mutex<Option<Process>>,
+}
+
+#[derive(Debug)]
+struct Process {
+    control: OwnedFd,
+    child: Child,
+    workers: u32,
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It has nothing that could be lost; its workers stay.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Zygote {
+    /// `program` with `arguments` must call [`super::serve_zygote`] with its standard input.
+    #[must_use]
+    pub fn new(program: PathBuf, arguments: Vec<OsString>) -> Self {
+        Self { program, arguments, process: Mutex::new(None) }
+    }
+
+    /// A new worker. That there is none after all is seen at its first answer.
+    ///
+    /// # Errors
+    /// If the zygote cannot be started.
+    pub fn worker(&self) -> Result<Worker, WorkerError> {
+        let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(there) = process.as_mut().filter(|there| there.workers < MOST_WORKERS)
+            && let Ok(worker) = there.hatch()
+        {
+            return Ok(worker);
+        }
+        // The old one must be gone before: they are few, and it has nothing to do.
+        drop(process.take());
+        Ok(process.insert(self.start()?).hatch()?)
+    }
+
+    fn start(&self) -> io::Result<Process> {
+        let (control, theirs) = pair()?;
+        let child = Command::new(&self.program)
+            .args(&self.arguments)
+            .env_clear()
+            // A terminal's Ctrl-C is for the owner, who decides what becomes of its workers.
+            .process_group(0)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(Process { control, child, workers: 0 })
+    }
+}
+
+impl Process {
+    fn hatch(&mut self) -> io::Result<Worker> {
+        let (ours, theirs) = pair()?;
+        send(&self.control, &Request::Hatch, &[theirs.as_fd()])?;
+        self.workers += 1;
+        Ok(Worker::hatched(ours))
+    }
+}
