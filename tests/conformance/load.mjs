@@ -108,4 +108,12 @@ const { path, bytes: expected } = files[1];
 const down = await fetch(`${base}/v1/runs/${child.id}/files/download?path=${path}`, { headers });
 assert.ok(expected.equals(Buffer.from(await down.arrayBuffer())), 'of a child');
 await call('DELETE', `/v1/runs/${child.id}`);
+
+// A guest without the device that bulk streams need.
+const gone = await call('POST', `/v1/runs/${sandbox.id}/exec`, { command: 'rm /dev/mem', timeout: 240 });
+assert.equal(gone.exit_code, 0, gone.stderr);
+await whole(files[1]);
+const again = { path: '/tmp/some/again', bytes: pattern(1 << 20, 99) };
+assert.equal((await fetch(`${at}/upload?path=${again.path}`, { method: 'POST', headers, body: again.bytes })).status, 200);
+await whole(again);
 await call('DELETE', `/v1/runs/${sandbox.id}`);

@@ -55,8 +55,27 @@ impl Clone {
     /// If the guest is lost; with its stop reason.
     pub fn run(&mut self, argv: &[&str], stdin: &[u8]) -> Output {
         self.agent.output(&Command::new(argv), stdin).unwrap_or_else(|e| {
-            panic!("{e}; stop reason {:?}; console:\n{}", self.vm.stop_reason(), self.vm.console_text())
+            let (reason, console) = (self.vm.stop_reason(), self.vm.console_text());
+            panic!("{e}; stop reason {reason:?}; console:\n{console}\n{}", self.state())
         })
+    }
+
+    /// What a guest is at that does not answer: whether its CPUs do anything, and, if it still takes commands, its
+    /// timers and processes.
+    fn state(&mut self) -> String {
+        let counts = |vm: &MicroVm| (vm.emulated_instructions(), vm.exits());
+        let before = counts(&self.vm);
+        std::thread::sleep(Duration::from_secs(1));
+        let after = counts(&self.vm);
+        // Failures have nothing else to say.
+        let _ = self.agent.set_timeout(Some(Duration::from_secs(60)));
+        let look = "cat /proc/uptime /proc/interrupts /proc/timer_list /proc/[0-9]*/stat /tmp/* 2>&1 | head -c 60000";
+        let said = self.agent.output(&Command::new(&["sh", "-c", look]), b"");
+        let said = said.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+        format!(
+            "instructions and exits {before:?}, a second later {after:?}\n{}",
+            said.unwrap_or_else(|e| e.to_string())
+        )
     }
 
     /// The standard output of a bash script, trimmed; it must succeed and say nothing on standard error.
