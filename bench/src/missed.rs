@@ -44,9 +44,9 @@ const MISSES: &[(&str, &str, &str)] = &[
     (
         "create over HTTP",
         "two cores are shared by the client, the daemon, the guest that takes its identity (20 ms emulated), the worker \
-         that is made in its place (5 ms) and the one that ends (2 ms), and what these do in the kernel is not always \
-         preempted: traces show a runnable client wait 3 to 4 ms for their exec and exit",
-        "a third core; workers that are forked, not executed; fewer instructions to take an identity",
+         that is made in its place (4 ms) and the one that ends (2 ms), and what these do in the kernel is not always \
+         preempted: traces show a runnable client wait 2 to 3 ms for the exit of one",
+        "a third core; fewer instructions to take an identity",
     ),
     (
         "live fork, pause",
