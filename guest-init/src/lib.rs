@@ -139,14 +139,15 @@ pub const EXEC_SELF: u8 = 1 << 5;
 /// How an argv for [`EXEC_SELF`] begins. Then comes one of
 ///
 /// ```text
-/// read PATH [STREAM]    a regular file: TOOL_STAT_BYTES (size u64, mode u32, mtime i64), then its bytes, to stdout
-/// write PATH [STREAM]   stdin becomes the file; its directories are made
-/// list PATH             per entry: size u64, mode u32, mtime i64, length of the name u16, the name
-/// connect PORT          a TCP connection to the guest's loopback: one byte 0, then both ways until both ends close
+/// read PATH         a regular file: TOOL_STAT_BYTES (size u64, mode u32, mtime i64), then its bytes to stdout
+/// write PATH        stdin becomes the file; its directories are made
+/// list PATH         per entry: size u64, mode u32, mtime i64, length of the name u16, the name
+/// connect PORT      a TCP connection to the guest's loopback: one byte 0, then both ways until both ends close
+/// get PATH STREAM   as read; before the file's bytes comes a byte: 1 if they go through that bulk stream, 0 if not
+/// put PATH STREAM   as write; first says such a byte
 /// ```
 ///
-/// With the number of a bulk stream, `read` puts a byte between stat and bytes, and `write` says it before it reads:
-/// 1 if the file's bytes go through that stream, 0 if not.
+/// An older agent ends with EINVAL for a verb that it does not know.
 ///
 /// The exit code is Linux's error number, 0 for none.
 pub const TOOL_ARGV: [&str; 2] = ["peregrine-tool", "--tool"];

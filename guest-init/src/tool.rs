@@ -30,10 +30,11 @@ pub(crate) fn run(mut arguments: Arguments) -> ! {
     let (Some(verb), Some(argument), Some(buffers)) = (verb, argument, BUFFERS.take()) else {
         exit(Errno::INVAL.0 as u8)
     };
-    let stream = arguments.next();
     let result = match verb.to_bytes() {
-        b"read" => read(argument, stream, buffers),
-        b"write" => write(argument, stream, buffers),
+        b"read" => read(argument, None, buffers),
+        b"write" => write(argument, None, buffers),
+        b"get" => read(argument, arguments.next(), buffers),
+        b"put" => write(argument, arguments.next(), buffers),
         b"list" => list(argument, buffers),
         b"connect" => connect(argument, buffers),
         _ => Err(Errno::INVAL),

@@ -3,7 +3,7 @@
 //! stream (see guest-init), of which a socket's buffer bounds what it holds.
 
 use super::ids;
-use super::sandbox::{Activity, Running, Sandbox};
+use super::sandbox::{Activity, Sandbox};
 use super::{FileProblem, Service, ServiceError};
 use crate::conversation::{Event, Input, Output, Process};
 use bytes::{Buf as _, Bytes, BytesMut};
@@ -135,26 +135,19 @@ impl Service {
     pub async fn read_file(&self, sandbox: &Rc<Sandbox>, path: &str) -> Result<Reading, ServiceError> {
         let _activity = sandbox.activity();
         self.journal.append(&sandbox.tenant, &sandbox.id, "file.read", json!({ "path": path }))?;
-        let number = ids::random_u64()?;
-        let begin = |bulk: Option<u64>| {
-            let Process { output, .. } = tool(sandbox, "read", path, bulk, false)?;
-            Ok::<_, ServiceError>(Tool::new(sandbox, path, output))
+        let found = match get(sandbox, path).await {
+            // An agent from before there were bulk streams does not know the verb.
+            Err(ServiceError::File { why: FileProblem::Kind(_), .. }) => None,
+            found => found?,
         };
-        let mut tool = begin(Some(number))?;
-        let mut first = tool.head(TOOL_STAT_BYTES + 1).await?;
-        let mut stat = take_stat(&mut first);
-        let mut bulk = None;
-        if first.get_u8() == 1 {
-            match attach(&sandbox.running()?, number).await {
-                Ok(socket) => bulk = Some(socket),
-                Err(error) => {
-                    tracing::info!(%error, id = %sandbox.id, "no bulk stream for a download");
-                    tool = begin(None)?;
-                    first = tool.head(TOOL_STAT_BYTES).await?;
-                    stat = take_stat(&mut first);
-                }
+        let (stat, first, bulk, tool) = match found {
+            Some(found) => found,
+            None => {
+                let mut tool = begin(sandbox, "read", path, None, false)?.0;
+                let mut first = tool.head(TOOL_STAT_BYTES).await?;
+                (take_stat(&mut first), first, None, tool)
             }
-        }
+        };
         Ok(Reading { stat, first, bulk, tool, _activity })
     }
 
@@ -170,21 +163,15 @@ impl Service {
     ) -> Result<Writing, ServiceError> {
         let _activity = sandbox.activity();
         self.journal.append(&sandbox.tenant, &sandbox.id, "file.written", json!({ "path": path }))?;
-        let mut bulk = None;
-        if size_bytes.is_none_or(|bytes| bytes >= BULK_WORTH_BYTES) {
-            let number = ids::random_u64()?;
-            match attach(&sandbox.running()?, number).await {
-                Ok(socket) => bulk = Some((number, socket)),
-                Err(error) => tracing::info!(%error, id = %sandbox.id, "no bulk stream for an upload"),
+        let long = size_bytes.is_none_or(|bytes| bytes >= BULK_WORTH_BYTES);
+        let put = if long { put(sandbox, path).await? } else { None };
+        let (input, bulk, tool) = match put {
+            Some((input, socket, tool)) => (input, Some(socket), tool),
+            None => {
+                let (tool, input) = begin(sandbox, "write", path, None, true)?;
+                (input, None, tool)
             }
-        }
-        let number = bulk.as_ref().map(|(number, _)| *number);
-        let Process { input, output } = tool(sandbox, "write", path, number, true)?;
-        let mut tool = Tool::new(sandbox, path, output);
-        if bulk.is_some() && tool.head(1).await?.get_u8() != 1 {
-            bulk = None;
-        }
-        let bulk = bulk.map(|(_, socket)| socket);
+        };
         Ok(Writing { input, bulk, tool, failed: None, _activity })
     }
 
@@ -195,8 +182,7 @@ impl Service {
     pub async fn list_files(&self, sandbox: &Rc<Sandbox>, path: &str) -> Result<Vec<DirEntry>, ServiceError> {
         let _activity = sandbox.activity();
         self.journal.append(&sandbox.tenant, &sandbox.id, "file.listed", json!({ "path": path }))?;
-        let Process { output, .. } = tool(sandbox, "list", path, None, false)?;
-        let mut tool = Tool::new(sandbox, path, output);
+        let mut tool = begin(sandbox, "list", path, None, false)?.0;
         let mut listing = BytesMut::new();
         in_time(async {
             while let Some(bytes) = tool.next().await? {
@@ -287,12 +273,48 @@ fn early() -> ServiceError {
     ServiceError::Internal("the file tool ended too early".to_owned())
 }
 
-/// A new bulk stream of this number: its other end.
-async fn attach(running: &Running, number: u64) -> Result<UnixStream, WorkerError> {
+/// Opens a file for reading, through a bulk stream if it is long. `None`: there cannot be one.
+async fn get(
+    sandbox: &Rc<Sandbox>,
+    path: &str,
+) -> Result<Option<(FileStat, Bytes, Option<UnixStream>, Tool)>, ServiceError> {
+    let number = ids::random_u64()?;
+    let mut tool = begin(sandbox, "get", path, Some(number), false)?.0;
+    let mut first = tool.head(TOOL_STAT_BYTES + 1).await?;
+    let stat = take_stat(&mut first);
+    if first.get_u8() == 0 {
+        return Ok(Some((stat, first, None, tool)));
+    }
+    let socket = attach(sandbox, number).await?;
+    Ok(socket.map(|socket| (stat, first, Some(socket), tool)))
+}
+
+/// Opens a file for writing through a bulk stream. `None`: there cannot be one.
+async fn put(sandbox: &Rc<Sandbox>, path: &str) -> Result<Option<(Input, UnixStream, Tool)>, ServiceError> {
+    let number = ids::random_u64()?;
+    let (mut tool, input) = begin(sandbox, "put", path, Some(number), true)?;
+    match tool.head(1).await {
+        Ok(first) if first.first() == Some(&1) => {}
+        // As in [`Service::read_file`].
+        Ok(_) | Err(ServiceError::File { why: FileProblem::Kind(_), .. }) => return Ok(None),
+        Err(error) => return Err(error),
+    }
+    Ok(attach(sandbox, number).await?.map(|socket| (input, socket, tool)))
+}
+
+/// A new bulk stream of this number: its other end. `None` if there are too many.
+async fn attach(sandbox: &Sandbox, number: u64) -> Result<Option<UnixStream>, ServiceError> {
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     ours.set_nonblocking(true)?;
-    running.with_worker(move |worker| worker.attach_bulk(number, &theirs)).await?;
-    Ok(UnixStream::from_std(ours)?)
+    let running = sandbox.running()?;
+    match running.with_worker(move |worker| worker.attach_bulk(number, &theirs)).await {
+        Ok(()) => Ok(Some(UnixStream::from_std(ours)?)),
+        Err(WorkerError::Refused(why)) => {
+            tracing::info!(why, id = %sandbox.id, "no bulk stream for a file");
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
 }
 
 async fn in_time<T>(work: impl Future<Output = Result<T, ServiceError>>) -> Result<T, ServiceError> {
@@ -300,24 +322,27 @@ async fn in_time<T>(work: impl Future<Output = Result<T, ServiceError>>) -> Resu
     result.unwrap_or(Err(ServiceError::Timeout { what: "the sandbox", limit: PATIENCE }))
 }
 
-fn tool(
+/// Has the tool begin.
+fn begin(
     sandbox: &Rc<Sandbox>,
     verb: &str,
     path: &str,
     bulk: Option<u64>,
     stdin: bool,
-) -> Result<Process, ServiceError> {
+) -> Result<(Tool, Input), ServiceError> {
     if path.is_empty() || path.len() >= PATH_MAX_BYTES || path.contains('\0') {
         let why = format!("must be 1 to {} bytes without NUL", PATH_MAX_BYTES - 1);
         return Err(ServiceError::bad("path", why));
     }
     // As a command's working directory.
-    let path = if path.starts_with('/') { path.to_owned() } else { format!("/root/{path}") };
+    let full = if path.starts_with('/') { path.to_owned() } else { format!("/root/{path}") };
     let number = bulk.map(|number| number.to_string());
     let arguments: Vec<&[u8]> =
-        [path.as_bytes()].into_iter().chain(number.as_deref().map(str::as_bytes)).collect();
+        [full.as_bytes()].into_iter().chain(number.as_deref().map(str::as_bytes)).collect();
     let conversation = sandbox.running()?.conversation;
-    conversation.tool(verb, &arguments, stdin).map_err(ServiceError::exec(&sandbox.id))
+    let started = conversation.tool(verb, &arguments, stdin).map_err(ServiceError::exec(&sandbox.id));
+    let Process { input, output } = started?;
+    Ok((Tool::new(sandbox, path, output), input))
 }
 
 /// The tool's exit code is the kernel's error number.

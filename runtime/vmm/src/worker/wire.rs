@@ -1,5 +1,8 @@
 //! What a worker and its owner say to each other: one message, one packet of a SOCK_SEQPACKET socket, with
 //! descriptors.
+//!
+//! A daemon takes over workers that an older one has made: new messages come last, or the others would mean something
+//! else, and an older worker must not be sent one.
 
 use crate::snapshot::AgentState;
 use rustix::net::{
@@ -22,8 +25,6 @@ pub(crate) const MOST_FDS: usize = 250;
 /// What the owner asks for.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
-    /// To a zygote: become two. The new worker's control socket comes with the message.
-    Hatch,
     /// Restore a snapshot and stand still. Its memory has been verified by the owner.
     Prepare {
         /// The snapshot's directory.
@@ -58,13 +59,15 @@ pub(crate) enum Request {
         /// The owner's part of the conversation with the agent.
         agent: AgentState,
     },
+    /// Counters.
+    Stats,
     /// The socket that comes with the message is the guest's bulk stream of this number.
     Bulk {
         /// See [`crate::MicroVm::attach_bulk`].
         number: u64,
     },
-    /// Counters.
-    Stats,
+    /// To a zygote: become two. The new worker's control socket comes with the message.
+    Hatch,
 }
 
 /// What the worker answers.
@@ -106,21 +109,21 @@ pub(crate) enum Reply {
         /// When they were let go again.
         resumed_ns: u64,
     },
-    /// The guest has the bulk stream.
-    HasBulk,
     /// A snapshot is on disk, durable.
     Saved,
     /// There is no space for the snapshot; the guest is as it was before.
     NoSpace(String),
     /// See [`super::WorkerStats`].
     Stats(super::WorkerStats),
+    /// It could not be done; the guest is as it was before.
+    Failed(String),
+    /// The guest has the bulk stream.
+    HasBulk,
     /// The zygote could not fork: there is no worker.
     NoProcess {
         /// Linux's error number.
         errno: i32,
     },
-    /// It could not be done; the guest is as it was before.
-    Failed(String),
 }
 
 /// Sends one message.
