@@ -45,8 +45,8 @@ const MISSES: &[(&str, &str, &str)] = &[
         "create over HTTP",
         "two cores are shared by the client, the daemon, the guest that takes its identity (20 ms emulated), the worker \
          that is made in its place (4 ms) and the one that ends (2 ms), and what these do in the kernel is not always \
-         preempted: traces show a runnable client wait 2 to 3 ms for the exit of one",
-        "a third core; fewer instructions to take an identity",
+         preempted: traces show a runnable daemon wait 2 to 3 ms for a vCPU in KVM's emulation or a kernel worker, and 4 ms when the host has taken both",
+        "a third core, and a host that is not shared; fewer instructions to take an identity",
     ),
     (
         "live fork, pause",

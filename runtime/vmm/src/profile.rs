@@ -9,6 +9,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::ops::Range;
 
 /// Most words of a stack that are looked at: the guest kernel's stacks are 16 KiB.
 pub(crate) const MOST_WORDS: usize = 2048;
@@ -130,23 +131,36 @@ fn jumps(from: u64, to: u64, symbols: &Symbols, text: &dyn Fn(u64, usize) -> Vec
 #[derive(Debug, Default)]
 pub struct Symbols {
     by_address: BTreeMap<u64, String>,
+    /// Text that the kernel gives back when it has started.
+    init: Range<u64>,
 }
 
 impl Symbols {
     /// Parses a `System.map`: `address type name` a line. Lines of another form are passed over.
     #[must_use]
     pub fn parse(text: &str) -> Self {
-        let by_address = text
-            .lines()
-            .filter_map(|line| {
-                let mut words = line.split_whitespace();
-                let address = u64::from_str_radix(words.next()?, 16).ok()?;
-                let kind = words.next()?;
-                let name = words.next()?;
-                matches!(kind, "t" | "T" | "w" | "W").then(|| (address, name.to_owned()))
-            })
-            .collect();
-        Self { by_address }
+        let mut symbols = Self::default();
+        for line in text.lines() {
+            let mut words = line.split_whitespace();
+            let (Some(address), Some(kind), Some(name)) = (words.next(), words.next(), words.next()) else {
+                continue;
+            };
+            let Ok(address) = u64::from_str_radix(address, 16) else { continue };
+            if matches!(kind, "t" | "T" | "w" | "W") {
+                symbols.by_address.insert(address, name.to_owned());
+            }
+            match name {
+                "_sinittext" => symbols.init.start = address,
+                "_einittext" => symbols.init.end = address,
+                _ => {}
+            }
+        }
+        symbols
+    }
+
+    /// Whether `address` lies in text that a guest that has started may have overwritten.
+    pub(crate) fn is_init(&self, address: u64) -> bool {
+        self.init.contains(&address)
     }
 
     /// The symbol that `address` lies in.
@@ -195,6 +209,15 @@ mod tests {
         bytes[0x130..0x132].copy_from_slice(&[0xff, 0xd0]);
         let start = at.wrapping_sub(BASE) as usize;
         bytes.get(start..start + len).map(<[u8]>::to_vec).unwrap_or_default()
+    }
+
+    #[test]
+    fn what_the_kernel_gives_back_is_known_by_its_ends() {
+        let symbols = Symbols::parse("ff00 T _sinittext\nff00 T first\nff80 t last\nffa0 T _einittext\nx");
+        let init: Vec<_> = [0xfeff, 0xff00, 0xff9f, 0xffa0].map(|at| symbols.is_init(at)).into();
+        assert_eq!(init, [false, true, true, false]);
+        assert_eq!(symbols.name(0xff10), "first");
+        assert!(!Symbols::parse("ff00 T first").is_init(0xff00));
     }
 
     fn folded(rip: u64, stack: &[u64]) -> String {

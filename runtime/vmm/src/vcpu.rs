@@ -1,7 +1,7 @@
 //! One virtual CPU: its first state, its thread and its exits.
 //!
 //! May touch: its own vCPU file descriptor, the console, the device bus, the assist. Must not: block on
-//! anything but KVM_RUN, nor know what the guest is for.
+//! anything but KVM_RUN (and, for a millisecond, a bulk stream's socket), nor know what the guest is for.
 
 use crate::VmmError;
 use crate::arch::{boot, layout};

@@ -6,13 +6,14 @@
 //! socket had no more or no room; a number that is no stream's moves nothing.
 
 use crate::cpu::FakeCpu;
-use crate::oracle::{Ram, Who, translate};
-use crate::tables::{Machine, PAGE, PT0, PT1, address, compare, read, set_control, write_tables};
+use crate::oracle::{Ram, Who, walk};
+use crate::tables::{
+    Machine, PAGE, PT0, PT1, address, compare, read, set_control, with_machine, write_tables,
+};
 use arbitrary::{Result, Unstructured};
 use guest_init::{BULK_FAULT, BULK_MAX_BYTES, BULK_NONE, BULK_RECEIVE, BULK_SEND, BULK_WAIT};
 use peregrine_vmm::bulk::Streams;
 use peregrine_vmm::event_loop::ring::send_bytes;
-use std::cell::RefCell;
 use std::io::{ErrorKind, Read as _};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -23,16 +24,9 @@ const DIRTY: u64 = 0x40;
 /// Most bytes that the host writes before a call: a little more than all of RAM.
 const MOST_WRITTEN: usize = 0x2_1000;
 
-thread_local! {
-    static MACHINE: RefCell<Machine> = RefCell::new(Machine::new());
-}
-
 /// One execution.
 pub fn target(data: &[u8]) {
-    MACHINE.with_borrow_mut(|machine| {
-        // Input that ends early reads as zeroes, so this is always an execution.
-        let _ = execute(machine, &mut Unstructured::new(data));
-    });
+    with_machine(data, execute);
 }
 
 fn execute(machine: &mut Machine, u: &mut Unstructured<'_>) -> Result<()> {
@@ -268,7 +262,7 @@ fn pieces(cpu: &FakeCpu, pkru: u32, ram: &mut Ram, write: bool) -> Vec<Piece> {
     let mut done = 0;
     while done < len {
         let linear = start.wrapping_add(done);
-        let Some(reached) = translate(ram, cpu, pkru, Who::User, linear, write) else { break };
+        let Some(reached) = walk(ram, cpu, pkru, Who::User, linear, write) else { break };
         let bytes = (PAGE - linear % PAGE).min(len - done);
         pieces.push(Piece { gpa: reached.gpa, len: bytes as usize, entry: reached.entry });
         done += bytes;

@@ -6,26 +6,18 @@
 
 use crate::cpu::FakeCpu;
 use crate::oracle::{Ram, Reached, Who, walk};
-use crate::tables::{Machine, PAGE, address, compare, set_control, write_tables};
+use crate::tables::{Machine, PAGE, address, compare, set_control, with_machine, write_tables};
 use arbitrary::{Result, Unstructured};
 use kvm_bindings::kvm_regs;
 use peregrine_vmm::doorbell::{Counters, MAX_BYTES, ring};
 use peregrine_vmm::memory::GuestMemory;
-use std::cell::RefCell;
 
 const COPY: u32 = 1;
 const FILL: u32 = 2;
 
-thread_local! {
-    static MACHINE: RefCell<Machine> = RefCell::new(Machine::new());
-}
-
 /// One execution.
 pub fn target(data: &[u8]) {
-    MACHINE.with_borrow_mut(|machine| {
-        // Input that ends early reads as zeroes, so this is always an execution.
-        let _ = execute(machine, &mut Unstructured::new(data));
-    });
+    with_machine(data, execute);
 }
 
 fn execute(machine: &mut Machine, u: &mut Unstructured<'_>) -> Result<()> {
@@ -73,6 +65,13 @@ struct Call {
 }
 
 impl Call {
+    /// Where a supervisor's access goes; `None` if it faults or leaves RAM.
+    fn reach(&self, ram: &mut Ram, cpu: &FakeCpu, linear: u64, write: bool) -> Option<Reached> {
+        let reached = walk(ram, cpu, self.pkru, Who::Supervisor, linear, write)?;
+        ram.page(reached.gpa)?;
+        Some(reached)
+    }
+
     fn check(&self, cpu: &FakeCpu, mut ram: Ram, mem: &GuestMemory) {
         let Some(pieces) = self.pieces(cpu, &mut ram) else {
             // The call may have changed the tables it was walking.
@@ -106,9 +105,9 @@ impl Call {
         while at < self.done {
             let to_linear = self.to.wrapping_add(at);
             let from_linear = self.from.wrapping_add(at);
-            let to = walk(ram, cpu, self.pkru, Who::Supervisor, to_linear, true);
+            let to = self.reach(ram, cpu, to_linear, true);
             let copies = self.operation == COPY;
-            let from = copies.then(|| walk(ram, cpu, self.pkru, Who::Supervisor, from_linear, false));
+            let from = copies.then(|| self.reach(ram, cpu, from_linear, false));
             let (Some(to), None | Some(Some(_))) = (&to, &from) else {
                 assert!(tangled(ram, &pieces), "from {from_linear:#x} to {to_linear:#x} is not allowed");
                 return None;
@@ -129,10 +128,8 @@ impl Call {
         if !known || self.done == self.len.min(MAX_BYTES) {
             return;
         }
-        let reached =
-            |ram: &mut Ram, linear: u64, write| walk(ram, cpu, self.pkru, Who::Supervisor, linear, write);
-        let to = reached(ram, self.to.wrapping_add(self.done), true);
-        let from = reached(ram, self.from.wrapping_add(self.done), false);
+        let to = self.reach(ram, cpu, self.to.wrapping_add(self.done), true);
+        let from = self.reach(ram, cpu, self.from.wrapping_add(self.done), false);
         let stops = |end: Option<Reached>| end.is_none_or(|end| end.large);
         let reason = stops(to) || self.operation == COPY && stops(from);
         // Or the call wrote over the tables that lead to its end.

@@ -71,22 +71,8 @@ pub(crate) struct Reached {
     pub(crate) large: bool,
 }
 
-/// Where an access to `linear` goes; `None` if it faults or leaves RAM.
+/// Where an access to `linear` goes; `None` if it faults. What is there may be no RAM.
 pub(crate) fn walk(
-    ram: &mut Ram,
-    cpu: &FakeCpu,
-    pkru: u32,
-    who: Who,
-    linear: u64,
-    write: bool,
-) -> Option<Reached> {
-    let reached = translate(ram, cpu, pkru, who, linear, write)?;
-    ram.page(reached.gpa)?;
-    Some(reached)
-}
-
-/// As [`walk`], but what is there may be no RAM.
-pub(crate) fn translate(
     ram: &mut Ram,
     cpu: &FakeCpu,
     pkru: u32,

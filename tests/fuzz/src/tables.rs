@@ -7,6 +7,7 @@ use crate::oracle::{Ram, Who};
 use arbitrary::{Result, Unstructured};
 use peregrine_vmm::assist::HostCpu;
 use peregrine_vmm::memory::GuestMemory;
+use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use vm_memory::{Bytes as _, GuestAddress};
@@ -32,6 +33,18 @@ pub(crate) struct Machine {
     pub(crate) mem: Arc<GuestMemory>,
     /// RAM as every execution finds it, but for the tables.
     pristine: [Vec<u8>; 2],
+}
+
+thread_local! {
+    static MACHINE: RefCell<Machine> = RefCell::new(Machine::new());
+}
+
+/// One execution, on this thread's machine. Input that ends early reads as zeroes, so it always is one.
+pub(crate) fn with_machine(
+    data: &[u8],
+    execute: impl FnOnce(&mut Machine, &mut Unstructured<'_>) -> Result<()>,
+) {
+    let _ = MACHINE.with_borrow_mut(|machine| execute(machine, &mut Unstructured::new(data)));
 }
 
 impl Machine {

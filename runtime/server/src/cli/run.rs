@@ -203,7 +203,7 @@ fn report(
     if let Some(path) = &args.profile_guest {
         let map = artefacts.system_map.as_ref().map_or(Ok(String::new()), std::fs::read_to_string);
         let symbols = Symbols::parse(&map.map_err(CliError::io("cannot read System.map"))?);
-        let folded = vm.folded_samples(&symbols);
+        let folded = vm.folded_samples(&symbols, &artefacts.kernel)?;
         let svg = path.extension().is_some_and(|e| e == "svg");
         let bytes = if svg { flame_graph(&folded)? } else { folded.into_bytes() };
         std::fs::write(path, bytes).map_err(CliError::io("cannot write the guest profile"))?;

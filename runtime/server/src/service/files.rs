@@ -21,6 +21,7 @@ const PATH_MAX_BYTES: usize = 4096;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Most of a file's bytes that are passed on at once.
 const PORTION_BYTES: usize = 64 << 10;
+const IRREGULAR: &str = "it is no regular file";
 /// Longest listing.
 const LISTING_MAX_BYTES: usize = 32 << 20;
 
@@ -135,12 +136,7 @@ impl Service {
     pub async fn read_file(&self, sandbox: &Rc<Sandbox>, path: &str) -> Result<Reading, ServiceError> {
         let _activity = sandbox.activity();
         self.journal.append(&sandbox.tenant, &sandbox.id, "file.read", json!({ "path": path }))?;
-        let found = match get(sandbox, path).await {
-            // An agent from before there were bulk streams does not know the verb.
-            Err(ServiceError::File { why: FileProblem::Kind(_), .. }) => None,
-            found => found?,
-        };
-        let (stat, first, bulk, tool) = match found {
+        let (stat, first, bulk, tool) = match get(sandbox, path).await? {
             Some(found) => found,
             None => {
                 let mut tool = begin(sandbox, "read", path, None, false)?.0;
@@ -280,7 +276,11 @@ async fn get(
 ) -> Result<Option<(FileStat, Bytes, Option<UnixStream>, Tool)>, ServiceError> {
     let number = ids::random_u64()?;
     let mut tool = begin(sandbox, "get", path, Some(number), false)?.0;
-    let mut first = tool.head(TOOL_STAT_BYTES + 1).await?;
+    let mut first = match tool.head(TOOL_STAT_BYTES + 1).await {
+        // Or the agent is from before there were bulk streams, and does not know the verb.
+        Err(ServiceError::File { why: FileProblem::Kind(IRREGULAR), .. }) => return Ok(None),
+        head => head?,
+    };
     let stat = take_stat(&mut first);
     if first.get_u8() == 0 {
         return Ok(Some((stat, first, None, tool)));
@@ -295,8 +295,8 @@ async fn put(sandbox: &Rc<Sandbox>, path: &str) -> Result<Option<(Input, UnixStr
     let (mut tool, input) = begin(sandbox, "put", path, Some(number), true)?;
     match tool.head(1).await {
         Ok(first) if first.first() == Some(&1) => {}
-        // As in [`Service::read_file`].
-        Ok(_) | Err(ServiceError::File { why: FileProblem::Kind(_), .. }) => return Ok(None),
+        // As in [`get`].
+        Ok(_) | Err(ServiceError::File { why: FileProblem::Kind(IRREGULAR), .. }) => return Ok(None),
         Err(error) => return Err(error),
     }
     Ok(attach(sandbox, number).await?.map(|socket| (input, socket, tool)))
@@ -358,7 +358,7 @@ fn problem(path: &str, exited: Exited) -> ServiceError {
         ENOENT => FileProblem::Missing,
         EISDIR => FileProblem::Kind("it is a directory"),
         ENOTDIR => FileProblem::Kind("it, or a part of its path, is no directory"),
-        EINVAL | ENXIO => FileProblem::Kind("it is no regular file"),
+        EINVAL | ENXIO => FileProblem::Kind(IRREGULAR),
         other => FileProblem::Refused(other),
     };
     ServiceError::File { path: path.to_owned(), why }

@@ -484,15 +484,23 @@ impl MicroVm {
         self.event_loop.stats()
     }
 
-    /// Samples of the guest so far, as folded stacks.
-    #[must_use]
-    pub fn folded_samples(&self, symbols: &Symbols) -> String {
+    /// Samples of the guest so far, as folded stacks. `kernel` is what it was booted from.
+    ///
+    /// # Errors
+    /// If that cannot be read again.
+    pub fn folded_samples(&self, symbols: &Symbols, kernel: &Path) -> Result<String, VmmError> {
+        // What the kernel gives back when it has started may be somebody else's in the guest.
+        let fresh = memory::allocate(self.mem_mib)?;
+        let mut file =
+            File::open(kernel).map_err(|source| VmmError::Os { what: "cannot open the kernel", source })?;
+        load_kernel(&fresh, &mut file, kernel)?;
         let samples = lock(&self.shared.samples).clone();
-        samples.folded(symbols, &|at, len| {
+        Ok(samples.folded(symbols, &|at, len| {
             let mut bytes = vec![0; len];
             let gpa = GuestAddress(at.wrapping_sub(profile::TEXT_MAP));
-            if self.mem.read_slice(&mut bytes, gpa).is_ok() { bytes } else { Vec::new() }
-        })
+            let mem = if symbols.is_init(at) { &fresh } else { &self.mem };
+            if mem.read_slice(&mut bytes, gpa).is_ok() { bytes } else { Vec::new() }
+        }))
     }
 }
 

@@ -56,8 +56,8 @@ pub fn serve(control: OwnedFd) -> ! {
     serve_with(control, make_shell().ok(), None)
 }
 
-/// Forks itself for each worker that its owner wants, until the owner goes away: a worker that is forked is there in a
-/// third of the time of one that is executed, and what does not differ it has in common with all others.
+/// Forks itself for each worker that its owner wants, until the owner goes away: a worker that is forked has its pages
+/// already, and what does not differ it has in common with all others.
 ///
 /// The process must have no other thread.
 pub fn serve_zygote(control: OwnedFd) -> ! {

@@ -1,7 +1,6 @@
 //! A process that workers are forked from.
 //!
-//! Executing a program is most of what a new worker costs: its pages are mapped and found one by one, and the kernel
-//! does much of it without letting anybody else have the processor. What is forked has its pages already. The price is
+//! Executing a program costs a new worker much: its pages are mapped and found one by one, and the kernel does some of it without letting anybody else have the processor. What is forked has its pages already. The price is
 //! that all workers of a zygote have one address space layout: so it serves [`MOST_WORKERS`] and is replaced, and it has
 //! no environment that they could leak.
 
