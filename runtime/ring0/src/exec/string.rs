@@ -1,0 +1,220 @@
+//! String instructions, and the bulk-memory doorbell, which is two of them in one.
+//!
+//! With a REP prefix a page's worth is done at once where that is the same as turn by turn. Registers are those of the
+//! rounds done when a fault ends them.
+
+use crate::alu::{self, ARITHMETIC, ZF, mask};
+use crate::cpu::{Cpu, DF, RAX, RCX, RDI, RSI};
+use crate::op::Op;
+use crate::ram::PAGE;
+use crate::stop::{Break, Exec, Flow};
+use crate::tlb::Access;
+
+/// In an op's kind: it has a REP (or REPE) prefix.
+pub(crate) const REP: u8 = 1;
+/// In an op's kind: it has a REPNE prefix.
+pub(crate) const REPNE: u8 = 2;
+/// Most bytes that one instruction moves before the engine looks around; it goes on with the rest.
+const MOST_BYTES: u64 = 1 << 20;
+/// Most of one ring of the doorbell, as its other end says (the VMM's `doorbell`).
+const MOST_DOORBELL_BYTES: u64 = 4 << 20;
+
+/// One round's distance.
+fn step(cpu: &Cpu, bytes: u8) -> u64 {
+    if cpu.flags & DF == 0 { u64::from(bytes) } else { u64::from(bytes).wrapping_neg() }
+}
+
+fn advance(cpu: &mut Cpu, number: u8, by: u64) {
+    let cell = &mut cpu.gpr[number as usize];
+    *cell = cell.wrapping_add(by);
+}
+
+/// Bytes from `linear` to the end of its page.
+fn left_in_page(linear: u64) -> u64 {
+    PAGE as u64 - linear % PAGE as u64
+}
+
+/// Does `round` once or, with a prefix, RCX times; a long one is continued after a look around.
+fn rounds(cpu: &mut Cpu, op: &Op, mut round: impl FnMut(&mut Cpu, u64) -> Result<u64, Break>) -> Exec {
+    if op.kind & (REP | REPNE) == 0 {
+        round(cpu, 1)?;
+        return Ok(Flow::Next);
+    }
+    let mut most = MOST_BYTES / u64::from(op.bytes);
+    while cpu.reg(RCX) != 0 {
+        if most == 0 {
+            // The same instruction again: RCX says how much is left.
+            cpu.rip = op.next(cpu).wrapping_sub(u64::from(op.len));
+            return Ok(Flow::Jump);
+        }
+        let done = round(cpu, cpu.reg(RCX).min(most))?;
+        cpu.gpr[RCX as usize] -= done;
+        most -= done;
+    }
+    Ok(Flow::Next)
+}
+
+/// MOVS.
+pub(crate) fn movs(cpu: &mut Cpu, op: &Op) -> Exec {
+    let bytes = op.bytes;
+    let segment = source_base(cpu, op);
+    rounds(cpu, op, |cpu, most| {
+        let (to, from) = (cpu.reg(RDI), cpu.reg(RSI).wrapping_add(segment));
+        let fit = (left_in_page(to).min(left_in_page(from)) / u64::from(bytes)).min(most);
+        let total = fit * u64::from(bytes);
+        // A copy upwards onto itself repeats what it has just written.
+        let repeats = to.wrapping_sub(from) < total;
+        if fit < 2 || cpu.flags & DF != 0 || repeats {
+            let value = cpu.load(from, bytes)?;
+            cpu.store(to, bytes, value)?;
+            let by = step(cpu, bytes);
+            advance(cpu, RSI, by);
+            advance(cpu, RDI, by);
+            return Ok(1);
+        }
+        let source = cpu.translate(from, Access::Read)?;
+        copy_in_page(cpu, to, source, total)?;
+        advance(cpu, RSI, total);
+        advance(cpu, RDI, total);
+        Ok(fit)
+    })
+}
+
+/// STOS.
+pub(crate) fn stos(cpu: &mut Cpu, op: &Op) -> Exec {
+    let bytes = op.bytes;
+    let value = cpu.reg(RAX) & mask(bytes);
+    let same = mask(bytes) / 0xff * (value & 0xff) == value;
+    rounds(cpu, op, |cpu, most| {
+        let to = cpu.reg(RDI);
+        let fit = (left_in_page(to) / u64::from(bytes)).min(most);
+        if fit < 2 || cpu.flags & DF != 0 || !same {
+            cpu.store(to, bytes, value)?;
+            let by = step(cpu, bytes);
+            advance(cpu, RDI, by);
+            return Ok(1);
+        }
+        let total = fit * u64::from(bytes);
+        fill_in_page(cpu, to, value as u8, total)?;
+        advance(cpu, RDI, total);
+        Ok(fit)
+    })
+}
+
+/// LODS.
+pub(crate) fn lods(cpu: &mut Cpu, op: &Op) -> Exec {
+    let segment = source_base(cpu, op);
+    rounds(cpu, op, |cpu, _| {
+        let value = cpu.load(cpu.reg(RSI).wrapping_add(segment), op.bytes)?;
+        cpu.set_reg(RAX, op.bytes, value);
+        let by = step(cpu, op.bytes);
+        advance(cpu, RSI, by);
+        Ok(1)
+    })
+}
+
+/// SCAS, and CMPS if bit 7 of the kind is set.
+pub(crate) fn compare(cpu: &mut Cpu, op: &Op) -> Exec {
+    let two = op.kind & 0x80 != 0;
+    let segment = source_base(cpu, op);
+    let repeated = op.kind & (REP | REPNE) != 0;
+    let mut most = MOST_BYTES;
+    while !repeated || cpu.reg(RCX) != 0 {
+        let a = if two { cpu.load(cpu.reg(RSI).wrapping_add(segment), op.bytes)? } else { cpu.reg(RAX) };
+        let b = cpu.load(cpu.reg(RDI), op.bytes)?;
+        let (_, flags) = alu::sub(a & mask(op.bytes), b, 0, op.bytes);
+        cpu.flags = (cpu.flags & !ARITHMETIC) | flags;
+        let by = step(cpu, op.bytes);
+        advance(cpu, RDI, by);
+        if two {
+            advance(cpu, RSI, by);
+        }
+        if !repeated {
+            break;
+        }
+        cpu.gpr[RCX as usize] -= 1;
+        let equal = flags & ZF != 0;
+        if equal == (op.kind & REPNE != 0) {
+            break;
+        }
+        most -= 1;
+        if most == 0 {
+            cpu.rip = op.next(cpu).wrapping_sub(u64::from(op.len));
+            return Ok(Flow::Jump);
+        }
+    }
+    Ok(Flow::Next)
+}
+
+fn source_base(cpu: &Cpu, op: &Op) -> u64 {
+    match op.segment {
+        crate::op::FS => cpu.sregs.fs.base,
+        crate::op::GS => cpu.sregs.gs.base,
+        _ => 0,
+    }
+}
+
+/// Copies `len` bytes of a page of RAM to an address; neither leaves its page.
+fn copy_in_page(cpu: &mut Cpu, to: u64, source: usize, len: u64) -> Result<(), Break> {
+    let target = cpu.translate(to, Access::Write)?;
+    if cpu.shadow.watches(target) {
+        for at in (0..len).step_by(8) {
+            let bytes = (len - at).min(8);
+            let mut part = [0; 8];
+            cpu.ram.read(source + at as usize, &mut part[..bytes as usize]);
+            store_watched(cpu, to + at, &part[..bytes as usize])?;
+        }
+        return Ok(());
+    }
+    cpu.ram.copy(target, source, len as usize);
+    Ok(())
+}
+
+fn fill_in_page(cpu: &mut Cpu, to: u64, byte: u8, len: u64) -> Result<(), Break> {
+    let target = cpu.translate(to, Access::Write)?;
+    if cpu.shadow.watches(target) {
+        let part = [byte; 8];
+        for at in (0..len).step_by(8) {
+            store_watched(cpu, to + at, &part[..(len - at).min(8) as usize])?;
+        }
+        return Ok(());
+    }
+    cpu.ram.fill(target, byte, len as usize);
+    Ok(())
+}
+
+fn store_watched(cpu: &mut Cpu, to: u64, bytes: &[u8]) -> Result<(), Break> {
+    if let Ok(all) = <[u8; 8]>::try_from(bytes) {
+        return cpu.store(to, 8, u64::from_le_bytes(all));
+    }
+    for (at, &byte) in (0..).zip(bytes) {
+        cpu.store(to + at, 1, u64::from(byte))?;
+    }
+    Ok(())
+}
+
+/// The bulk-memory doorbell: RCX bytes are copied from RSI to RDI (EAX is 1), or set to RSI's lowest byte (2). RCX
+/// comes back as the bytes not done: those from the first page that would fault.
+pub(crate) fn doorbell(cpu: &mut Cpu) {
+    let (to, from) = (cpu.reg(RDI), cpu.reg(RSI));
+    let most = cpu.reg(RCX).min(MOST_DOORBELL_BYTES);
+    let mut done = 0;
+    while done < most {
+        let target = to.wrapping_add(done);
+        let mut len = left_in_page(target).min(most - done);
+        let piece = match cpu.reg(RAX) as u32 {
+            1 => {
+                let source = from.wrapping_add(done);
+                len = len.min(left_in_page(source));
+                cpu.translate(source, Access::Read).and_then(|at| copy_in_page(cpu, target, at, len))
+            }
+            2 => fill_in_page(cpu, target, from as u8, len),
+            _ => break,
+        };
+        if piece.is_err() {
+            break;
+        }
+        done += len;
+    }
+    cpu.gpr[RCX as usize] -= done;
+}
