@@ -96,7 +96,15 @@ impl Cpu {
         let all = [rax, rcx, rdx, rbx, rsp, rbp, rsi, rdi, r8, r9, r10, r11, r12, r13, r14, r15];
         self.gpr[..16].copy_from_slice(&all);
         self.rip = regs.rip;
-        self.flags = regs.rflags;
+        self.set_flags(regs.rflags);
+    }
+
+    /// Sets the flags. AC decides about accesses to user pages, which translations in the cache have been through.
+    pub(crate) fn set_flags(&mut self, flags: u64) {
+        if (self.flags ^ flags) & AC != 0 {
+            self.tlb.flush_half(false);
+        }
+        self.flags = flags;
     }
 
     /// The general registers.

@@ -19,8 +19,8 @@ const HLT: u8 = 0xf4;
 /// Instructions of one block.
 const MOST_OPS: usize = 48;
 
-/// Decodes instructions up to one that ends a block. False, and nothing decoded, if the first one needs bytes that are not
-/// there.
+/// Decodes instructions up to one that ends a block. False, and nothing decoded, if the first one, or whether an STI has
+/// a HLT behind it, needs bytes that are not there.
 pub(crate) fn block(rip: u64, bytes: &[u8], into: &mut Vec<Op>) -> bool {
     let mut decoder = Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE);
     let mut insn = Instruction::default();
@@ -28,13 +28,12 @@ pub(crate) fn block(rip: u64, bytes: &[u8], into: &mut Vec<Op>) -> bool {
     while into.len() - first < MOST_OPS && decoder.can_decode() {
         let begun = decoder.position();
         decoder.decode_out(&mut insn);
-        if insn.is_invalid() && bytes.len() - begun < LONGEST {
+        let cut = insn.is_invalid() && bytes.len() - begun < LONGEST;
+        if cut || (insn.mnemonic() == Mnemonic::Sti && !decoder.can_decode()) {
             // It reaches beyond what was given: the next block, or one of its own across the page's end.
             return into.len() > first;
         }
-        let sleeps = insn.mnemonic() == Mnemonic::Sti && bytes.get(decoder.position()) == Some(&HLT);
-        let op = translate(&insn);
-        into.push(if sleeps { Op { run: system::halt, ..op } } else { op });
+        into.push(translate_before(&insn, bytes.get(decoder.position())));
         if ends_block(&insn) {
             break;
         }
@@ -45,8 +44,16 @@ pub(crate) fn block(rip: u64, bytes: &[u8], into: &mut Vec<Op>) -> bool {
 /// Decodes the one instruction at `rip`.
 pub(crate) fn one(rip: u64, bytes: &[u8], into: &mut Vec<Op>) {
     let mut insn = Instruction::default();
-    Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE).decode_out(&mut insn);
-    into.push(translate(&insn));
+    let mut decoder = Decoder::with_ip(64, bytes, rip, DecoderOptions::NONE);
+    decoder.decode_out(&mut insn);
+    into.push(translate_before(&insn, bytes.get(decoder.position())));
+}
+
+/// The op of an instruction with this byte behind it.
+fn translate_before(insn: &Instruction, next: Option<&u8>) -> Op {
+    let op = translate(insn);
+    let sleeps = insn.mnemonic() == Mnemonic::Sti && next == Some(&HLT);
+    if sleeps { Op { run: system::halt, ..op } } else { op }
 }
 
 /// Branches that are not taken go on in their block.
@@ -258,6 +265,10 @@ fn mov(insn: &Instruction, op: &mut Op) -> Option<Run> {
         op.kind = from.number() as u8;
         return Some(system::read_segment);
     }
+    if to == Register::SS && insn.op_kind(0) == OpKind::Register {
+        op.from = operand(insn, 1, op)?;
+        return Some(system::write_stack_segment);
+    }
     both(insn, op)?;
     Some(match (op.to, op.from, op.bytes) {
         (0..=15, 0..=15, 8) => movement::mov_register,
@@ -300,11 +311,15 @@ fn conditional(insn: &Instruction, op: &mut Op) -> Option<Run> {
         return Some(control::jump_if);
     }
     op.to = operand(insn, 0, op)?;
-    if insn.op_count() == 1 {
-        return Some(movement::set_if);
+    match insn.op_count() {
+        1 => Some(movement::set_if),
+        2 => {
+            op.from = operand(insn, 1, op)?;
+            Some(movement::move_if)
+        }
+        // CMPccXADD has a condition too.
+        _ => None,
     }
-    op.from = operand(insn, 1, op)?;
-    Some(movement::move_if)
 }
 
 fn arithmetic_instruction(insn: &Instruction, op: &mut Op) -> Option<Run> {

@@ -90,14 +90,13 @@ impl Engine {
         }
         let end = self.instructions.saturating_add(fuel);
         while self.instructions < end {
-            let stop = match self.block() {
-                Ok(block) => self.run_block(block),
-                Err(Break::Trap(trap)) => self.cpu.deliver(trap).err(),
-                Err(Break::Stop(stop)) => Some(stop),
-            };
             if self.cpu.code_stale {
                 self.forget_code();
             }
+            let stop = match self.block() {
+                Ok(block) => self.run_block(block),
+                Err(reason) => self.take(reason),
+            };
             if let Some(stop) = stop {
                 return stop;
             }
@@ -124,10 +123,7 @@ impl Engine {
                 Err(reason) => {
                     *instructions += index as u64;
                     cpu.rip = page + u64::from(op.offset);
-                    return match reason {
-                        Break::Trap(trap) => cpu.deliver(trap).err(),
-                        Break::Stop(stop) => Some(stop),
-                    };
+                    return self.take(reason);
                 }
             }
         }
@@ -136,6 +132,18 @@ impl Engine {
             cpu.rip = last.next(cpu);
         }
         None
+    }
+
+    /// What has kept the instruction at RIP from being done.
+    fn take(&mut self, reason: Break) -> Option<Stop> {
+        match reason {
+            Break::Trap(trap) => {
+                // Exceptions cost fuel too: a handler may begin with one.
+                self.instructions += 1;
+                self.cpu.deliver(trap).err()
+            }
+            Break::Stop(stop) => Some(stop),
+        }
     }
 
     fn block(&mut self) -> Result<Block, Break> {
@@ -154,6 +162,9 @@ impl Engine {
 
     #[inline(never)]
     fn block_slowly(&mut self, rip: u64, at: usize, slot: usize) -> Result<Block, Break> {
+        if self.ops.len() > MOST_OPS {
+            self.forget_code();
+        }
         if self.recent.is_empty() {
             let none = Block { rip: 0, at: NOWHERE, second: NOWHERE, first_op: 0, ops: 0 };
             self.recent = vec![none; RECENT];
@@ -177,9 +188,6 @@ impl Engine {
     }
 
     fn decode(&mut self, rip: u64, at: usize) -> Result<Block, Break> {
-        if self.ops.len() > MOST_OPS {
-            self.forget_code();
-        }
         let first_op = self.ops.len() as u32;
         let here = (PAGE - rip as usize % PAGE).min(decode::MOST_BYTES);
         let mut bytes = [0; decode::MOST_BYTES];

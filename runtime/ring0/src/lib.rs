@@ -29,6 +29,8 @@ mod paging;
 mod ram;
 mod shadow;
 mod stop;
+#[cfg(test)]
+mod tests;
 mod tlb;
 
 pub use cpu::Cpu;

@@ -27,9 +27,9 @@ const LEVEL: u8 = 0x07;
 const MOST_ENTRIES: usize = 4;
 /// A root's entries below this one are the lower half's.
 const LOWER_HALF: usize = 256;
-/// Four bytes at this offset of a page cross two entries: KVM takes such a store for no page-table update, and
-/// drops all that it made of the page.
-const ACROSS_ENTRIES: u64 = 6;
+/// Eight bytes at this offset of a page lie across two entries: KVM takes such a store for no page-table update, and
+/// drops all that it made of the page. (Four bytes would do, but for those KVM looks at the whole entry around them.)
+const ACROSS_ENTRIES: u64 = 4;
 
 /// Page numbers need no hash that withstands anybody: whoever makes them collide slows himself down.
 #[derive(Default)]
@@ -83,7 +83,7 @@ pub(crate) struct Shadow {
 /// A store that KVM must be shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Touch {
-    /// The linear address of four bytes to store to.
+    /// The linear address of eight bytes to store to.
     pub linear: u64,
     /// Where in RAM they are.
     pub at: usize,

@@ -38,13 +38,30 @@ impl<'a> VcpuState<'a> {
         Self { fd, regs, sregs, sregs_before: sregs, area, area_read: false, exception: None }
     }
 
+    /// The same for registers that are somebody else's to keep: [`VcpuState::into_parts`] gives them back.
+    pub(crate) fn with(
+        fd: &'a mut VcpuFd,
+        area: &'a mut XsaveArea,
+        regs: kvm_regs,
+        sregs: kvm_sregs,
+    ) -> Self {
+        Self { fd, regs, sregs, sregs_before: sregs, area, area_read: false, exception: None }
+    }
+
+    /// The registers, and the exception that the guest is to take.
+    pub(crate) fn into_parts(self) -> (kvm_regs, kvm_sregs, Option<Exception>) {
+        (self.regs, self.sregs, self.exception)
+    }
+
     /// Writes back what changed. Special registers before events: an injected page fault needs its CR2.
     pub(crate) fn store(mut self) -> io::Result<()> {
         if let Some(Exception { cr2: Some(cr2), .. }) = self.exception {
             self.sregs.cr2 = cr2;
         }
         if self.sregs != self.sregs_before {
-            self.fd.set_sregs(&self.sregs).map_err(io_error)?;
+            // One that is on its way to the guest is KVM's to remember; set here, it would be queued a second time.
+            let sregs = kvm_sregs { interrupt_bitmap: [0; 4], ..self.sregs };
+            self.fd.set_sregs(&sregs).map_err(io_error)?;
         }
         let Some(exception) = self.exception else {
             self.fd.sync_regs_mut().regs = self.regs;

@@ -22,6 +22,7 @@ pub mod host;
 pub mod memory;
 pub mod priority;
 pub mod profile;
+mod ring0;
 pub mod snapshot;
 pub mod stats;
 mod sys;

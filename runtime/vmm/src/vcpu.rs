@@ -15,6 +15,7 @@ use crate::event_loop::Bus;
 use crate::memory::GuestMemory;
 use crate::priority;
 use crate::profile;
+use crate::ring0::Ring0;
 use crate::sys::{kick, kvm as raw};
 use crate::vcpu_state::{VcpuSnapshot, arm_timer};
 use crate::vm::{Shared, StopReason};
@@ -126,8 +127,12 @@ fn set_lapic_mode(lapic: &mut kvm_lapic_state, register: usize, mode: u32) {
 }
 
 /// What is left to do after an exit.
-enum Next {
+pub(crate) enum Next {
     Run,
+    /// The guest kernel wrote to the port at which the VMM takes over its ring 0.
+    Trapped,
+    /// A single step is done.
+    Stepped,
     /// KVM_RUN ended without an exit of the guest's.
     Interrupted,
     Stop(StopReason),
@@ -151,6 +156,11 @@ pub(crate) struct Vcpu {
     pub(crate) held_timer: Option<u64>,
     /// It has priority until its guest's next exit.
     pub(crate) comes_first: bool,
+    /// Its ring 0 is the VMM's where the guest kernel says so.
+    pub(crate) runs_ring0: bool,
+    pub(crate) ring0: Option<Box<Ring0>>,
+    /// The last exit was such a word of the kernel's.
+    pub(crate) trapped: bool,
 }
 
 impl Vcpu {
@@ -168,20 +178,25 @@ impl Vcpu {
         if self.index == 0 {
             self.shared.note_entry();
         }
+        if self.ring0.is_some() {
+            // KVM leaves the registers where the engine finds them.
+            self.settle();
+        }
         let mut exited = false;
         while !self.shared.stopping() {
             let came_first = self.comes_first;
-            let next = self.step();
+            let next = self.turn();
             if came_first {
                 self.comes_first = false;
                 let _ = priority::equal();
             }
+            self.trapped = matches!(next, Next::Trapped);
             match next {
-                Next::Run if !exited => {
+                Next::Run | Next::Trapped if !exited => {
                     exited = true;
                     self.shared.note_first_exit();
                 }
-                Next::Run | Next::Interrupted => {}
+                Next::Run | Next::Trapped | Next::Stepped | Next::Interrupted => {}
                 Next::Stop(reason) => self.shared.stop(reason),
             }
             if self.shared.closed() {
@@ -191,6 +206,17 @@ impl Vcpu {
                 self.settle();
                 self.pause();
             }
+        }
+    }
+
+    /// One turn of KVM's or, after a trap and where it was interrupted, of the engine's.
+    fn turn(&mut self) -> Next {
+        if std::mem::take(&mut self.trapped) {
+            return self.trapped();
+        }
+        match &self.ring0 {
+            Some(ring0) if ring0.interrupted => self.ring0(),
+            _ => self.step(),
         }
     }
 
@@ -217,7 +243,7 @@ impl Vcpu {
         self.fd.set_kvm_immediate_exit(1);
         for _ in 0..MOST_EXITS_TO_SETTLE {
             match self.step() {
-                Next::Run => {}
+                Next::Run | Next::Trapped | Next::Stepped => {}
                 Next::Interrupted => break,
                 Next::Stop(reason) => {
                     self.shared.stop(reason);
@@ -228,7 +254,8 @@ impl Vcpu {
         self.fd.set_kvm_immediate_exit(0);
     }
 
-    fn step(&mut self) -> Next {
+    /// One entry to KVM, and what its exit asks for.
+    pub(crate) fn step(&mut self) -> Next {
         let exit = self.fd.run();
         match exit {
             Ok(VcpuExit::IoOut(RESET_PORT, [RESET_COMMAND])) => Next::Stop(self.shared.reset_reason()),
@@ -236,6 +263,8 @@ impl Vcpu {
                 let operation = u32::from_le_bytes([a, b, c, d]);
                 self.doorbell(operation)
             }
+            Ok(VcpuExit::IoOut(port, [_])) if port == u16::from(peregrine_ring0::TRAP_PORT) => Next::Trapped,
+            Ok(VcpuExit::Debug(_)) => Next::Stepped,
             Ok(VcpuExit::IoOut(port, data)) => {
                 if Console::owns(port) {
                     self.shared.console().write(port, data);

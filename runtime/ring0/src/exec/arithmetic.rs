@@ -2,7 +2,7 @@
 
 use crate::alu::{self, ARITHMETIC, CF, OF, ZF, mask, sign_extend};
 use crate::cpu::{Cpu, RAX, RDX};
-use crate::op::Op;
+use crate::op::{MEMORY, Op};
 use crate::stop::{Exec, Flow, divide_error};
 
 /// ADD, OR, ADC, SBB, AND, SUB, XOR, by their numbers in the opcode.
@@ -170,6 +170,18 @@ pub(crate) fn compare_exchange(cpu: &mut Cpu, op: &Op) -> Exec {
     let bytes = op.bytes;
     let expected = cpu.reg(RAX) & mask(bytes);
     let new = cpu.get(op, op.from, bytes)?;
+    if op.to != MEMORY {
+        let old = cpu.get(op, op.to, bytes)?;
+        let (_, flags) = alu::sub(expected, old, 0, bytes);
+        cpu.flags = (cpu.flags & !ARITHMETIC) | flags;
+        // Unlike memory, a register that is not equal is not written: its upper half stays.
+        if flags & ZF != 0 {
+            cpu.set(op, op.to, bytes, new)?;
+        } else {
+            cpu.set_reg(RAX, bytes, old);
+        }
+        return Ok(Flow::Next);
+    }
     // What was there is left in RAX afterwards, so it is noted on the way.
     let found = std::cell::Cell::new(0);
     cpu.modify(op, op.to, bytes, |cpu, old| {
@@ -189,8 +201,8 @@ pub(crate) fn exchange_add(cpu: &mut Cpu, op: &Op) -> Exec {
     let bytes = op.bytes;
     let b = cpu.get(op, op.from, bytes)?;
     let found = std::cell::Cell::new(0);
-    if op.to < 16 {
-        let a = cpu.reg(op.to) & mask(bytes);
+    if op.to != MEMORY {
+        let a = cpu.get(op, op.to, bytes)?;
         let (sum, flags) = alu::add(a, b, 0, bytes);
         cpu.flags = (cpu.flags & !ARITHMETIC) | flags;
         // Of one register with itself the sum is left (SDM vol. 2, XADD).

@@ -13,6 +13,7 @@ const GS_BASE: u32 = 0xc000_0101;
 const KERNEL_GS_BASE: u32 = 0xc000_0102;
 const STAR: u32 = 0xc000_0081;
 
+const DOUBLE_FAULT: u8 = 8;
 const CR4_PGE: u64 = 1 << 7;
 /// In what is written to CR3: translations stay (with PCIDs).
 const CR3_KEEP: u64 = 1 << 63;
@@ -61,12 +62,7 @@ pub(crate) fn halt(_: &mut Cpu, _: &Op) -> Exec {
 
 /// CLAC, or STAC if the kind is 1.
 pub(crate) fn user_access(cpu: &mut Cpu, op: &Op) -> Exec {
-    if op.kind == 1 {
-        cpu.flags |= AC
-    } else {
-        cpu.flags &= !AC
-    }
-    cpu.tlb.flush_half(false);
+    cpu.set_flags(if op.kind == 1 { cpu.flags | AC } else { cpu.flags & !AC });
     Ok(Flow::Next)
 }
 
@@ -83,12 +79,8 @@ pub(crate) fn pop_flags(cpu: &mut Cpu, _: &Op) -> Exec {
     if value & TF != 0 {
         return Err(foreign());
     }
-    let smap = (cpu.flags ^ value) & AC != 0;
     cpu.gpr[RSP as usize] = stack.wrapping_add(8);
-    cpu.flags = (cpu.flags & !(RESTORABLE | RF)) | (value & RESTORABLE) | FIXED;
-    if smap {
-        cpu.tlb.flush_half(false);
-    }
+    cpu.set_flags((cpu.flags & !(RESTORABLE | RF)) | (value & RESTORABLE) | FIXED);
     Ok(Flow::Next)
 }
 
@@ -212,6 +204,22 @@ pub(crate) fn read_segment(cpu: &mut Cpu, op: &Op) -> Exec {
     Ok(Flow::Next)
 }
 
+/// MOV to SS. KVM would hold interrupts off for one instruction after it, by emulating that too: here the engine does it,
+/// and looks at no interrupt in between.
+pub(crate) fn write_stack_segment(cpu: &mut Cpu, op: &Op) -> Exec {
+    let selector = cpu.get(op, op.from, 2)? as u16;
+    cpu.sregs.ss = if selector & !3 == 0 {
+        null_segment(selector)
+    } else {
+        let segment = cpu.descriptor(selector, false)?;
+        if segment.dpl != 0 || selector & 3 != 0 || segment.type_ & 2 == 0 {
+            return Err(foreign());
+        }
+        segment
+    };
+    Ok(Flow::Next)
+}
+
 /// INT3: a trap, so it returns behind itself.
 pub(crate) fn breakpoint(cpu: &mut Cpu, op: &Op) -> Exec {
     cpu.rip = op.next(cpu);
@@ -256,7 +264,7 @@ pub(crate) fn interrupt_return(cpu: &mut Cpu, _: &Op) -> Exec {
     }
     cpu.rip = rip;
     cpu.gpr[RSP as usize] = rsp;
-    cpu.flags = (flags & (RESTORABLE | RF)) | FIXED;
+    cpu.set_flags((flags & (RESTORABLE | RF)) | FIXED);
     cpu.sregs.cs = new_cs;
     cpu.sregs.ss = new_ss;
     if outer {
@@ -277,7 +285,7 @@ pub(crate) fn system_return(cpu: &mut Cpu, _: &Op) -> Exec {
     }
     let base = (star >> 48) as u16;
     cpu.rip = rip;
-    cpu.flags = (cpu.reg(R11) & 0x003c_7fd7) | FIXED;
+    cpu.set_flags((cpu.reg(R11) & 0x003c_7fd7) | FIXED);
     // Flat segments whatever the descriptor tables say (SDM vol. 2, SYSRET).
     let flat = kvm_segment { limit: 0xffff_ffff, present: 1, dpl: 3, s: 1, g: 1, ..Default::default() };
     cpu.sregs.cs = kvm_segment { selector: base.wrapping_add(16) | 3, type_: 0xb, l: 1, ..flat };
@@ -337,21 +345,23 @@ impl Cpu {
         Ok(segment)
     }
 
-    /// Takes an exception: the handler of the IDT goes on (SDM vol. 3, 6.14). One that cannot be delivered is a
-    /// double fault, and one that cannot either ends the guest.
-    pub(crate) fn deliver(&mut self, trap: Trap) -> Result<(), Stop> {
-        if trap.vector == 14 {
-            self.sregs.cr2 = trap.linear;
-        }
-        match self.enter_handler(trap) {
-            Ok(()) => Ok(()),
-            Err(Break::Stop(_)) => Err(Stop::TripleFault),
-            Err(Break::Trap(second)) => {
-                if second.vector == 14 {
-                    self.sregs.cr2 = second.linear;
+    /// Takes an exception: the handler of the IDT goes on (SDM vol. 3, 6.14). Another one on the way there takes its
+    /// place, or makes it a double fault; one on the way to that handler ends the guest.
+    pub(crate) fn deliver(&mut self, mut trap: Trap) -> Result<(), Stop> {
+        loop {
+            if trap.vector == 14 {
+                self.sregs.cr2 = trap.linear;
+            }
+            match self.enter_handler(trap) {
+                Ok(()) => return Ok(()),
+                Err(Break::Trap(second)) if trap.vector != DOUBLE_FAULT => {
+                    if second.vector == 14 {
+                        self.sregs.cr2 = second.linear;
+                    }
+                    let double = Trap { vector: DOUBLE_FAULT, code: Some(0), linear: 0 };
+                    trap = if makes_double_fault(trap.vector, second.vector) { double } else { second };
                 }
-                let double = Trap { vector: 8, code: Some(0), linear: 0 };
-                self.enter_handler(double).map_err(|_| Stop::TripleFault)
+                Err(_) => return Err(Stop::TripleFault),
             }
         }
     }
@@ -393,6 +403,15 @@ impl Cpu {
         }
         self.rip = handler;
         Ok(())
+    }
+}
+
+/// Whether two exceptions, the second on the way to the handler of the first, are a double fault (SDM vol. 3, 6.15).
+fn makes_double_fault(first: u8, second: u8) -> bool {
+    let contributory = |vector| matches!(vector, 0 | 10..=13);
+    match first {
+        14 => contributory(second) || second == 14,
+        _ => contributory(first) && contributory(second),
     }
 }
 

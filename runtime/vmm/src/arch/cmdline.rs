@@ -79,11 +79,28 @@ const WITHOUT: &[(&str, u16)] = &[
     ("fsrm", 18 * 32 + 4),
 ];
 
+/// With this word the guest kernel says when ring 3 has trapped into it, and the VMM runs ring 0.
+const RING0: &str = "ring0_doorbell";
+/// The user's word against it.
+const NO_RING0: &str = "ring0_doorbell=off";
+
+/// Whether the VMM runs such a guest's ring 0 itself: where KVM would emulate it, and for one vCPU.
+#[must_use]
+pub fn gives_ring0(kind: KvmKind, vcpus: u8, extra: &str) -> bool {
+    kind == KvmKind::Software && vcpus == 1 && !extra.split_whitespace().any(|word| word == NO_RING0)
+}
+
 /// Builds the command line. `verbose` lets the kernel's boot messages reach the console ring.
 ///
 /// # Errors
 /// [`VmmError::CommandLineTooLong`] over 2,048 bytes.
-pub fn build(kind: KvmKind, verbose: bool, devices: &str, extra: &str) -> Result<String, VmmError> {
+pub fn build(
+    kind: KvmKind,
+    verbose: bool,
+    vcpus: u8,
+    devices: &str,
+    extra: &str,
+) -> Result<String, VmmError> {
     // A silent boot begins with the first word: what is printed before it is parsed is formatted in vain.
     let mut words = vec![if verbose { "ignore_loglevel" } else { "silent_boot" }];
     words.extend(ALWAYS);
@@ -97,6 +114,9 @@ pub fn build(kind: KvmKind, verbose: bool, devices: &str, extra: &str) -> Result
         if !extra.split_whitespace().any(|word| word.starts_with("bulk_memory=")) {
             words.push(&doorbell);
         }
+    }
+    if gives_ring0(kind, vcpus, extra) {
+        words.push(RING0);
     }
     words.extend([devices, extra]);
     words.retain(|w| !w.is_empty());
@@ -112,7 +132,7 @@ pub fn build(kind: KvmKind, verbose: bool, devices: &str, extra: &str) -> Result
 #[must_use]
 pub fn fixed() -> String {
     // Only devices and the caller's own make a line too long.
-    build(KvmKind::detect(), false, "", "").unwrap_or_default()
+    build(KvmKind::detect(), false, 1, "", "").unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -121,21 +141,21 @@ mod tests {
 
     #[test]
     fn hardware_kvm_keeps_every_cpu_feature() {
-        let hardware = build(KvmKind::Hardware, false, "", "").unwrap();
-        let software = build(KvmKind::Software, false, "", "").unwrap();
+        let hardware = build(KvmKind::Hardware, false, 1, "", "").unwrap();
+        let software = build(KvmKind::Software, false, 1, "", "").unwrap();
         for word in
             ["clearcpuid", "syscall_by_fault", "bulk_memory", "clocksource", "tick_stretch", "rodata=off"]
         {
             assert!(!hardware.contains(word) && software.contains(word), "{word}");
         }
         assert!(software.contains("clearcpuid=151,150,141,"), "{software}");
-        let off = build(KvmKind::Software, false, "", "bulk_memory=0").unwrap();
+        let off = build(KvmKind::Software, false, 1, "", "bulk_memory=0").unwrap();
         assert_eq!(off.matches("bulk_memory=").count(), 1, "{off}");
     }
 
     #[test]
     fn an_overlong_line_is_refused_with_the_limit() {
-        let error = build(KvmKind::Hardware, false, "", &"x".repeat(4096)).unwrap_err();
+        let error = build(KvmKind::Hardware, false, 1, "", &"x".repeat(4096)).unwrap_err();
         assert!(error.to_string().contains("2047"), "{error}");
     }
 }

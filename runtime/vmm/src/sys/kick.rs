@@ -53,12 +53,21 @@ pub(crate) fn prepare(vcpu: &impl AsRawFd) -> io::Result<Kick> {
 
 /// Takes a pending kick off the queue, so that the next KVM_RUN runs.
 pub(crate) fn consume() {
+    let _ = take();
+}
+
+/// The same; says whether there was one.
+pub(crate) fn take() -> bool {
     let now = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: `set` is initialised by sigemptyset; a null siginfo is allowed.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
         libc::sigaddset(&raw mut set, signal());
-        while libc::sigtimedwait(&raw const set, std::ptr::null_mut(), &raw const now) > 0 {}
+        let mut taken = false;
+        while libc::sigtimedwait(&raw const set, std::ptr::null_mut(), &raw const now) > 0 {
+            taken = true;
+        }
+        taken
     }
 }

@@ -102,6 +102,12 @@ pub(crate) fn answer_mmio(run: &mut kvm_bindings::kvm_run, value: u32) {
     run.__bindgen_anon_1.mmio.data = u64::from(value).to_le_bytes();
 }
 
+/// Which way a KVM_EXIT_IO went. Call it only after that exit.
+pub(crate) fn io_direction(run: &kvm_bindings::kvm_run) -> u8 {
+    // SAFETY: as in `internal_error`: plain integers, whichever member was written.
+    unsafe { run.__bindgen_anon_1.io.direction }
+}
+
 /// Data of a KVM_EXIT_INTERNAL_ERROR.
 pub(crate) struct InternalError {
     pub(crate) suberror: u32,

@@ -25,6 +25,7 @@ use crate::event_loop::{self, Bus, LoopHandle};
 use crate::host::KvmKind;
 use crate::memory::{self, GuestMemory};
 use crate::profile::{self, Symbols};
+use crate::ring0::Ring0;
 use crate::snapshot::{AgentState, Compat, MachineState, Snapshot, Stored};
 use crate::stats;
 use crate::sys::kvm as raw;
@@ -132,6 +133,8 @@ struct Begin {
     msrs: Arc<[u32]>,
     /// What is left of each vCPU's timer that stands still.
     timers: Vec<Option<u64>>,
+    /// The VMM runs ring 0 from the first instruction.
+    in_ring0: bool,
 }
 
 impl MicroVm {
@@ -165,10 +168,11 @@ impl MicroVm {
         let shared = Arc::new(Shared::new(config.verbose));
         let mem = machine.mem.clone();
         let msrs = vcpu_state::saved_msrs(&kvm, &machine.vcpus[0])?;
-        let (mut microvm, bus) =
-            Self::assemble(machine, Begin { disks, states: Vec::new(), shared, msrs, timers: Vec::new() })?;
+        let in_ring0 = cmdline::gives_ring0(KvmKind::detect(), vcpus, &config.kernel_parameters);
+        let begin = Begin { disks, states: Vec::new(), shared, msrs, timers: Vec::new(), in_ring0 };
+        let (mut microvm, bus) = Self::assemble(machine, begin)?;
         let (kind, devices) = (KvmKind::detect(), bus.kernel_cmdline());
-        let line = cmdline::build(kind, config.verbose, &devices, &config.kernel_parameters)?;
+        let line = cmdline::build(kind, config.verbose, vcpus, &devices, &config.kernel_parameters)?;
         boot::write_boot_structures(&mem, &line)?;
         mptable::write(&mem, vcpus)?;
         if let Some(interval) = config.profile {
@@ -243,7 +247,8 @@ impl MicroVm {
         let shared = Arc::new(Shared::new(false));
         // What was saved is what will be saved again: finding out takes longer than all the rest.
         let msrs = state.vcpus.first().map_or_else(Arc::default, VcpuSnapshot::msr_indices);
-        let begin = Begin { disks, states: state.devices.clone(), shared, msrs, timers };
+        let states = state.devices.clone();
+        let begin = Begin { disks, states, shared, msrs, timers, in_ring0: false };
         let (microvm, _) = Self::assemble(machine, begin)?;
         *lock(&microvm.conversation) = Some(state.agent.clone());
         microvm.at_gate.store(state.at_gate, Ordering::Relaxed);
@@ -253,7 +258,9 @@ impl MicroVm {
     /// Devices, event loop and threads around the KVM objects; the gate is closed.
     fn assemble(machine: Machine, begin: Begin) -> Result<(Self, Arc<Bus>), VmmError> {
         let Machine { vm, mem, vcpus: fds, event_loop, start } = machine;
-        let Begin { disks, states, shared, msrs, timers } = begin;
+        let Begin { disks, states, shared, msrs, timers, in_ring0 } = begin;
+        // The engine knows one processor.
+        let runs_ring0 = fds.len() == 1 && KvmKind::detect() == KvmKind::Software;
         let mut timers = timers.into_iter();
         let disks_bytes = sizes(&disks);
         let devices =
@@ -299,6 +306,9 @@ impl MicroVm {
                 msrs: Arc::clone(&msrs),
                 held_timer: timers.next().flatten(),
                 comes_first: false,
+                runs_ring0,
+                ring0: in_ring0.then(|| Ring0::at_boot(&mem)),
+                trapped: false,
             };
             microvm.threads.push(spawn(format!("vcpu{index}"), move || vcpu.run())?);
         }
@@ -466,10 +476,19 @@ impl MicroVm {
         *lock(&self.shared.doorbell)
     }
 
-    /// Guest instructions that KVM emulated so far, all vCPUs; `None` where KVM does not count them.
+    /// Guest instructions that were emulated so far, by KVM and by the VMM, all vCPUs; `None` where KVM does not count
+    /// its own.
     #[must_use]
     pub fn emulated_instructions(&self) -> Option<u64> {
-        self.statistics.iter().map(|fd| stats::read(fd, stats::INSTRUCTIONS_EMULATED)).sum()
+        let by_kvm: Option<u64> =
+            self.statistics.iter().map(|fd| stats::read(fd, stats::INSTRUCTIONS_EMULATED)).sum();
+        by_kvm.map(|count| count + self.ring0_instructions())
+    }
+
+    /// Those of them that the VMM did.
+    #[must_use]
+    pub fn ring0_instructions(&self) -> u64 {
+        self.shared.ring0_instructions.load(Ordering::Relaxed)
     }
 
     /// VM exits so far, all vCPUs; `None` where KVM does not count them.

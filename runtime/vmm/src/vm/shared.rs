@@ -11,7 +11,7 @@ use crate::profile::Samples;
 use crate::sys::kick::Kick;
 use crate::vcpu_state::VcpuSnapshot;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -95,6 +95,8 @@ pub(crate) struct Shared {
     pub(super) vcpus: Mutex<BTreeMap<u8, Kick>>,
     pub(super) assists: Mutex<Counters>,
     pub(super) doorbell: Mutex<doorbell::Counters>,
+    /// Instructions of ring 0 that the VMM did itself.
+    pub(super) ring0_instructions: AtomicU64,
     pub(super) entered: Mutex<Option<Instant>>,
     pub(super) firsts: Mutex<Firsts>,
     exited: Condvar,
@@ -124,6 +126,7 @@ impl Shared {
             vcpus: Mutex::new(BTreeMap::new()),
             assists: Mutex::new(Counters::default()),
             doorbell: Mutex::new(doorbell::Counters::default()),
+            ring0_instructions: AtomicU64::new(0),
             entered: Mutex::new(None),
             firsts: Mutex::default(),
             exited: Condvar::new(),
@@ -293,6 +296,10 @@ impl Shared {
 
     pub(crate) fn count_assist(&self, op: Op) {
         lock(&self.assists).count(op);
+    }
+
+    pub(crate) fn count_ring0(&self, instructions: u64) {
+        self.ring0_instructions.fetch_add(instructions, Ordering::Relaxed);
     }
 
     pub(crate) fn count_doorbell(&self, counters: &doorbell::Counters) {
