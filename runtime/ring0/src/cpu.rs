@@ -57,6 +57,8 @@ pub struct Cpu {
     pub(crate) shadow: Shadow,
     /// A store went to a page that code was decoded from.
     pub(crate) code_stale: bool,
+    /// Bytes that string instructions have moved: they take time too.
+    spent_bytes: u64,
     /// There are translations of the upper half that a change of CR3 ends.
     local_kernel: bool,
 }
@@ -85,6 +87,7 @@ impl Cpu {
             tlb: Tlb::new(),
             shadow,
             code_stale: false,
+            spent_bytes: 0,
             local_kernel: false,
         }
     }
@@ -156,6 +159,16 @@ impl Cpu {
     /// Where in RAM a linear address is, for a load.
     pub fn locate(&mut self, linear: u64) -> Option<usize> {
         self.translate(linear, Access::Read).ok()
+    }
+
+    /// A string instruction has moved so many bytes.
+    pub(crate) fn spend(&mut self, bytes: u64) {
+        self.spent_bytes += bytes;
+    }
+
+    /// What that is in instructions, about.
+    pub(crate) fn spent(&self) -> u64 {
+        self.spent_bytes / 64
     }
 
     /// Ends translations that do not belong to all address spaces.

@@ -9,7 +9,7 @@ use crate::stop::{Break, Flow, Stop};
 use crate::tlb::Access;
 
 /// Entries of the small table before the large one.
-const RECENT: usize = 1024;
+const RECENT: usize = 2048;
 /// Decoded instructions kept; beyond, all are dropped and decoding begins anew.
 const MOST_OPS: usize = 1 << 18;
 
@@ -88,8 +88,8 @@ impl Engine {
         if self.cpu.flags & TF != 0 {
             return Stop::Foreign;
         }
-        let end = self.instructions.saturating_add(fuel);
-        while self.instructions < end {
+        let end = self.work().saturating_add(fuel);
+        while self.work() < end {
             if self.cpu.code_stale {
                 self.forget_code();
             }
@@ -102,6 +102,11 @@ impl Engine {
             }
         }
         Stop::Fuel
+    }
+
+    /// What fuel is taken for.
+    fn work(&self) -> u64 {
+        self.instructions.saturating_add(self.cpu.spent())
     }
 
     fn run_block(&mut self, block: Block) -> Option<Stop> {
@@ -149,7 +154,7 @@ impl Engine {
     fn block(&mut self) -> Result<Block, Break> {
         let rip = self.cpu.rip;
         let at = self.cpu.translate(rip, Access::Fetch)?;
-        let slot = (rip ^ (rip >> 10)) as usize % RECENT;
+        let slot = (rip ^ (rip >> 7)) as usize % RECENT;
         if let Some(&block) = self.recent.get(slot)
             && block.rip == rip
             && block.at == at

@@ -35,10 +35,10 @@ const KERNEL_GS_BASE: u32 = 0xc000_0102;
 const RFLAGS_IF: u64 = 1 << 9;
 const RFLAGS_FIXED: u64 = 1 << 1;
 
-/// Instructions between two looks at who waits: about half a millisecond.
-const FUEL: u64 = 50_000;
-/// The same while the guest is profiled.
-const FUEL_PROFILED: u64 = 5_000;
+/// Instructions between two looks at who waits: about a tenth of a millisecond.
+const FUEL: u64 = 5_000;
+/// Looks after which KVM is asked for interrupts, which costs as much as a thousand instructions.
+const LOOKS: u32 = 8;
 /// Entries to KVM that one instruction may take (a string instruction on a device's register).
 const MOST_ENTRIES: u32 = 1 << 12;
 
@@ -77,6 +77,7 @@ pub(crate) struct Ring0 {
     /// The engine was stopped in the middle, and is to go on before KVM does.
     pub(crate) interrupted: bool,
     counted: u64,
+    looks: u32,
 }
 
 fn io_error(e: kvm_ioctls::Error) -> io::Error {
@@ -129,8 +130,7 @@ impl Vcpu {
         // KVM has run ring 3 with these tables.
         ring0.engine.enter_ring3(&mut ring0.touches);
         loop {
-            let fuel = if self.shared.sampling() { FUEL_PROFILED } else { FUEL };
-            let next = match ring0.engine.run(fuel) {
+            let next = match ring0.engine.run(FUEL) {
                 Stop::Ring3 => return self.back_to_ring3(ring0),
                 Stop::Halt => return self.give_state(ring0).map_or_else(lost, |()| Next::Run),
                 Stop::TripleFault => {
@@ -191,9 +191,11 @@ impl Vcpu {
             ring0.interrupted = true;
             return Some(self.give_state(ring0).map_or_else(lost, |()| Next::Run));
         }
-        if ring0.engine.cpu().regs().rflags & RFLAGS_IF == 0 {
+        ring0.looks += 1;
+        if ring0.looks < LOOKS || ring0.engine.cpu().regs().rflags & RFLAGS_IF == 0 {
             return None;
         }
+        ring0.looks = 0;
         // KVM delivers what is due, or does the next instruction.
         self.single_step(ring0)
     }
@@ -408,6 +410,7 @@ impl Ring0 {
             touches: Vec::new(),
             interrupted: false,
             counted: 0,
+            looks: 0,
         }
     }
 

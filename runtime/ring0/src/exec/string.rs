@@ -49,6 +49,7 @@ fn rounds(cpu: &mut Cpu, op: &Op, mut round: impl FnMut(&mut Cpu, u64) -> Result
         }
         let done = round(cpu, cpu.reg(RCX).min(most))?;
         cpu.gpr[RCX as usize] -= done;
+        cpu.spend(done * u64::from(op.bytes));
         most -= done;
     }
     Ok(Flow::Next)
@@ -133,6 +134,7 @@ pub(crate) fn compare(cpu: &mut Cpu, op: &Op) -> Exec {
             break;
         }
         cpu.gpr[RCX as usize] -= 1;
+        cpu.spend(u64::from(op.bytes));
         let equal = flags & ZF != 0;
         if equal == (op.kind & REPNE != 0) {
             break;
@@ -217,4 +219,5 @@ pub(crate) fn doorbell(cpu: &mut Cpu) {
         done += len;
     }
     cpu.gpr[RCX as usize] -= done;
+    cpu.spend(done);
 }
