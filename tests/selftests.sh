@@ -18,7 +18,7 @@ virtual_address_range'
 x86='check_initial_reg_state corrupt_xstate_header fsgsbase fsgsbase_restore ioperm iopl mov_ss_trap nx_stack
 ptrace_syscall sigaltstack sigreturn sigtrap_loop single_step_syscall syscall_arg_fault syscall_nt syscall_numbering
 sysret_rip sysret_ss_attrs test_mremap_vdso test_shadow_stack test_vsyscall'
-levers_off='syscall_by_fault bulk_memory=0 file_around=0,0 cow_around=0 pipe_runs=0 vsock_rx=4 pelt_step=1 tick_stretch=1 peregrine.thp=0 peregrine.batch=0'
+levers_off='ring0_doorbell=off syscall_by_fault bulk_memory=0 file_around=0,0 cow_around=0 pipe_runs=0 vsock_rx=4 pelt_step=1 tick_stretch=1 peregrine.thp=0 peregrine.batch=0'
 
 die() {
 	printf 'selftests: error: %s\n' "$*" >&2

@@ -22,7 +22,7 @@ pub struct Boot {
     pub pid1: Duration,
     /// `/bin/true` exited.
     pub first_exit: Duration,
-    /// Guest instructions that KVM emulated until the agent was ready, where KVM counts them.
+    /// Guest instructions that were emulated until the agent was ready, where KVM counts them.
     pub emulated: Option<u64>,
 }
 
@@ -96,7 +96,7 @@ pub fn suite(artefacts: &Artefacts, samples: u32, mem_mib: &[u64]) -> Result<Vec
         let mut rows = promises.map(|p| Recorder::new(p, format!("{mib} MiB"), Unit::Milliseconds));
         let counted = stage(
             "boot: emulated instructions",
-            "guest instructions that KVM emulated until the agent was ready",
+            "guest instructions that were emulated until the agent was ready",
             None,
         );
         let mut instructions = Recorder::new(counted, format!("{mib} MiB"), Unit::Thousands);

@@ -158,7 +158,7 @@ pub fn create(artefacts: &Artefacts, samples: u32, mem_mib: &[u64]) -> Result<Ve
             row("create, adopted", "request sent -> the guest has taken its identity", None, &variant, milli);
         let mut emulated = row(
             "create, adopted, emulated",
-            "guest instructions that KVM emulated for it",
+            "guest instructions that were emulated for it",
             None,
             &variant,
             Unit::Thousands,
@@ -216,7 +216,7 @@ pub fn exec(artefacts: &Artefacts, samples: u32) -> Result<Vec<Recorder>, Failur
     );
     let mut emulated = row(
         "create -> /bin/true, emulated",
-        "guest instructions that KVM emulated for it",
+        "guest instructions that were emulated for it",
         None,
         variant,
         Unit::Thousands,
@@ -231,7 +231,7 @@ pub fn exec(artefacts: &Artefacts, samples: u32) -> Result<Vec<Recorder>, Failur
     Ok(vec![time, emulated])
 }
 
-/// Runs `/bin/true` in a parked clone: how long it took, and the guest instructions that KVM emulated, where it
+/// Runs `/bin/true` in a parked clone: how long it took, and the guest instructions that were emulated, where it
 /// counts them.
 ///
 /// # Errors

@@ -42,7 +42,7 @@ pub fn density(artefacts: &Artefacts, counts: &[u32]) -> Result<Vec<Recorder>, F
 fn idle(clone: &Going) -> Result<Recorder, Failure> {
     let mut emulated = row(
         "idle clone, emulated",
-        "guest instructions that KVM emulates for an idle clone, in ten seconds",
+        "guest instructions that are emulated for an idle clone, in ten seconds",
         None,
         "256 MiB",
         Unit::Thousands,

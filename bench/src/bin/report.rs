@@ -37,7 +37,7 @@ fn run(suite: &str, artefacts: &Artefacts, args: &Args) -> Result<Vec<Recorder>,
     let counts = |few, many| -> &'static [u32] { if quick { few } else { many } };
     let dirty = sizes(&[0, 16], &[0, 4, 16, 64, 256]);
     match suite {
-        "boot" => bench::boot::suite(artefacts, of(5, 10), sizes(&[256], &[128, 256, 1024])),
+        "boot" => bench::boot::suite(artefacts, of(5, 10), sizes(&[256, 1024], &[128, 256, 1024])),
         "guest" => bench::guest::suite(artefacts, quick),
         "create" => clone::create(artefacts, of(250, 1000), sizes(&[128, 1024], &[128, 256, 1024, 4096])),
         "exec" => clone::exec(artefacts, of(10, 100)),

@@ -166,9 +166,9 @@ impl Cpu {
         self.spent_bytes += bytes;
     }
 
-    /// What that is in instructions, about.
+    /// What that, and looking through page tables, is in instructions, about.
     pub(crate) fn spent(&self) -> u64 {
-        self.spent_bytes / 64
+        self.spent_bytes / 64 + self.shadow.looked()
     }
 
     /// Ends translations that do not belong to all address spaces.

@@ -104,8 +104,9 @@ impl Engine {
         Stop::Fuel
     }
 
-    /// What fuel is taken for.
-    fn work(&self) -> u64 {
+    /// What fuel is taken for: instructions, and what else takes as long.
+    #[must_use]
+    pub fn work(&self) -> u64 {
         self.instructions.saturating_add(self.cpu.spent())
     }
 

@@ -90,6 +90,9 @@ fn walk_once(
         if entry & PRESENT == 0 {
             return Err(page_fault(linear, code));
         }
+        if has_reserved_bits(sregs, entry, level, shift) {
+            return Err(Break::Stop(Stop::Foreign));
+        }
         rights &= entry;
         no_execute |= entry & NO_EXECUTE;
         path[level as usize - 1] = (at, entry);
@@ -109,6 +112,15 @@ fn walk_once(
         table = entry & FRAME;
     }
     Ok(None)
+}
+
+/// Whether a present entry has a bit that must be clear, so that an access faults however it is meant. Bits beyond the
+/// processor's addresses need no look: there is no RAM.
+fn has_reserved_bits(sregs: &kvm_sregs, entry: u64, level: u8, shift: u32) -> bool {
+    // Bit 12 of a large page's entry is one of its memory type.
+    let within = ((1_u64 << shift) - 1) & !0x1fff;
+    let large = level > 1 && entry & LARGE != 0;
+    (entry & NO_EXECUTE != 0 && sregs.efer & EFER_NXE == 0) || (large && (level > 3 || entry & within != 0))
 }
 
 /// The rights of a supervisor access (SDM vol. 3, 4.6.1).

@@ -6,8 +6,9 @@
 //! ring 3, that is, reachable from a root that was in CR3 then, through entries of the lower half. Each store to a marked page
 //! is looked at. What adds a translation needs nothing, for KVM walks the guest's tables where it has none. What
 //! takes one away, or takes rights or the accessed or dirty bit from it, is a *touch*: before ring 3 runs again KVM
-//! must emulate a store to that entry. A page that stops being a table is touched as a whole, for KVM remembers
-//! it by its number, and loses its mark.
+//! must emulate a store to that entry. So is any change of a link's rights, for they are part of how KVM finds the
+//! table again. A page that stops being a table is touched as a whole, for KVM remembers it by its number, and loses
+//! its mark.
 //!
 //! ```text
 //!   no mark --root in CR3 at ring 3; link written in a marked table--> marked, level n
@@ -27,6 +28,8 @@ const LEVEL: u8 = 0x07;
 const MOST_ENTRIES: usize = 4;
 /// A root's entries below this one are the lower half's.
 const LOWER_HALF: usize = 256;
+/// What a page that becomes a table, or is one no more, takes by itself, in entries looked at.
+const WATCH: u64 = 16;
 /// Eight bytes at this offset of a page lie across two entries: KVM takes such a store for no page-table update, and
 /// drops all that it made of the page. (Four bytes would do, but for those KVM looks at the whole entry around them.)
 const ACROSS_ENTRIES: u64 = 4;
@@ -78,6 +81,8 @@ pub(crate) struct Shadow {
     /// Pages with [`CODE`].
     code: Vec<usize>,
     root_level: u8,
+    /// Entries looked at for a table that became one or was one: a guest's store can make that very many.
+    looked: u64,
 }
 
 /// A store that KVM must be shown.
@@ -97,7 +102,14 @@ impl Shadow {
             touched: PageMap::default(),
             code: Vec::new(),
             root_level: 4,
+            looked: 0,
         }
+    }
+
+    /// Entries looked at so far, all tables together.
+    #[inline]
+    pub(crate) fn looked(&self) -> u64 {
+        self.looked
     }
 
     /// Whether stores to the page of this offset must be looked at.
@@ -151,9 +163,11 @@ impl Shadow {
         let mark = &mut self.marks[page / PAGE];
         *mark = *mark & CODE | level;
         watch(page);
+        self.looked += WATCH;
         if level == 1 {
             return;
         }
+        self.looked += self.entries(level) as u64;
         for index in 0..self.entries(level) {
             self.link(ram, ram.load(page + index * 8, 8), level, watch);
         }
@@ -206,7 +220,9 @@ impl Shadow {
         self.marks[page / PAGE] &= !LEVEL;
         let linear = ram.gpa(page).unwrap_or(0).wrapping_add(distance);
         self.touch(linear, page, None);
+        self.looked += WATCH;
         if level > 1 {
+            self.looked += self.entries(level) as u64;
             for index in 0..self.entries(level) {
                 self.unlink(ram, ram.load(page + index * 8, 8), level, distance);
             }
@@ -247,10 +263,13 @@ impl Shadow {
         if old == new || level == 0 || index >= self.entries(level) {
             return;
         }
-        if takes_away(old, new) {
+        let (led, leads) = (Self::child(ram, old, level), Self::child(ram, new, level));
+        // Below a link KVM keeps translations under the link's rights: with more of them it must not add to those.
+        let other_rights = led.is_some() && (old ^ new) & (WRITABLE | USER | NO_EXECUTE) != 0;
+        if takes_away(old, new) || other_rights {
             self.touch(linear, at, Some(index));
         }
-        if Self::child(ram, old, level) != Self::child(ram, new, level) {
+        if led != leads {
             let distance = linear.wrapping_sub(ram.gpa(at).unwrap_or(0));
             // New before old: a table that moves keeps its mark if this is the same store.
             self.link(ram, new, level, watch);

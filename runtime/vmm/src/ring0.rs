@@ -220,7 +220,10 @@ impl Vcpu {
                 let cpu = ring0.engine.cpu_mut();
                 cpu.set_regs(&regs);
                 cpu.set_sregs(&sregs);
-                let Exception { vector, error_code, cr2 } = exception?;
+                let Some(Exception { vector, error_code, cr2 }) = exception else {
+                    // The next run has new fuel: ring 0 may be a loop around this one.
+                    return self.look_around(ring0);
+                };
                 match ring0.engine.raise(vector, error_code, cr2.unwrap_or(0)) {
                     Ok(()) => None,
                     Err(_) => Some(Next::Stop(StopReason::TripleFault { rip: regs.rip })),

@@ -8,7 +8,7 @@
 use crate::cpu::FakeCpu;
 use crate::oracle::{Ram, Who, walk};
 use crate::tables::{
-    Machine, PAGE, PT0, PT1, address, compare, read, set_control, with_machine, write_tables,
+    Machine, PAGE, address, compare, fill_tables, read, set_control, with_machine, write_tables,
 };
 use arbitrary::{Result, Unstructured};
 use guest_init::{BULK_FAULT, BULK_MAX_BYTES, BULK_NONE, BULK_RECEIVE, BULK_SEND, BULK_WAIT};
@@ -34,7 +34,7 @@ fn execute(machine: &mut Machine, u: &mut Unstructured<'_>) -> Result<()> {
     let pkru = set_control(&mut machine.cpu, u)?;
     write_tables(&mut ram.ranges[0].1, Who::User, u)?;
     if u.ratio(1, 8)? {
-        fill_tables(&mut ram.ranges[0].1, u)?;
+        fill_tables(&mut ram.ranges[0].1, Who::User, u)?;
     }
     machine.load(&ram);
     let mut stream = Stream::new(u)?;
@@ -45,20 +45,6 @@ fn execute(machine: &mut Machine, u: &mut Unstructured<'_>) -> Result<()> {
     }
     stream.call(machine, pkru, ram, u)?;
     stream.check_end();
-    Ok(())
-}
-
-/// Pages wherever both tables have an entry, so that a call may be as long as calls are.
-fn fill_tables(ram: &mut [u8], u: &mut Unstructured<'_>) -> Result<()> {
-    // One page, pages in order, or in no order.
-    let step = *u.choose(&[0, 1, 3])?;
-    let (hole, has_hole) = (u.int_in_range(0..=1023_u64)?, u.arbitrary::<bool>()?);
-    for index in 0..1024_u64 {
-        let table = if index < 512 { PT0 } else { PT1 };
-        let entry = if has_hole && index == hole { 0 } else { (0x20 + index * step % 16) << 12 | 7 };
-        let at = (table + index % 512 * 8) as usize;
-        ram[at..at + 8].copy_from_slice(&entry.to_le_bytes());
-    }
     Ok(())
 }
 

@@ -12,8 +12,8 @@ use kvm_bindings::kvm_regs;
 use peregrine_vmm::doorbell::{Counters, MAX_BYTES, ring};
 use peregrine_vmm::memory::GuestMemory;
 
-const COPY: u32 = 1;
-const FILL: u32 = 2;
+pub(crate) const COPY: u32 = 1;
+pub(crate) const FILL: u32 = 2;
 
 /// One execution.
 pub fn target(data: &[u8]) {
@@ -41,12 +41,12 @@ fn execute(machine: &mut Machine, u: &mut Unstructured<'_>) -> Result<()> {
     assert!(machine.cpu.injected.is_empty());
     let done = len - left;
     assert_eq!(counters.copied_bytes + counters.filled_bytes, done);
-    let call = Call { operation, to, from, len, done, pkru };
+    let call = Call { what: What::of(operation, from), to, from, len, done, most: MAX_BYTES, pkru };
     call.check(&machine.cpu, ram, &machine.mem);
     Ok(())
 }
 
-fn length(u: &mut Unstructured<'_>) -> Result<u64> {
+pub(crate) fn length(u: &mut Unstructured<'_>) -> Result<u64> {
     Ok(match u.int_in_range(0..=63)? {
         0 => u.arbitrary()?,
         1 => MAX_BYTES + u.int_in_range(0..=9)? - 5,
@@ -55,13 +55,38 @@ fn length(u: &mut Unstructured<'_>) -> Result<u64> {
     })
 }
 
-struct Call {
-    operation: u32,
-    to: u64,
-    from: u64,
-    len: u64,
-    done: u64,
-    pkru: u32,
+/// What a call does with the bytes of its target.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum What {
+    Copy,
+    Fill(u8),
+    /// The same in one access: all of it is done, or nothing.
+    Store(u8),
+    /// It knows no such operation.
+    Nothing,
+}
+
+impl What {
+    /// The doorbell's operation of this number.
+    pub(crate) fn of(operation: u32, from: u64) -> Self {
+        match operation {
+            COPY => Self::Copy,
+            FILL => Self::Fill(from.to_le_bytes()[0]),
+            _ => Self::Nothing,
+        }
+    }
+}
+
+/// A supervisor's change of memory: the doorbell's, or an instruction's that is as simple.
+pub(crate) struct Call {
+    pub(crate) what: What,
+    pub(crate) to: u64,
+    pub(crate) from: u64,
+    pub(crate) len: u64,
+    pub(crate) done: u64,
+    /// Bytes after which it may stop without a reason.
+    pub(crate) most: u64,
+    pub(crate) pkru: u32,
 }
 
 impl Call {
@@ -72,17 +97,18 @@ impl Call {
         Some(reached)
     }
 
-    fn check(&self, cpu: &FakeCpu, mut ram: Ram, mem: &GuestMemory) {
+    /// Panics unless memory, which was `ram`, is as this call must have left it.
+    pub(crate) fn check(&self, cpu: &FakeCpu, mut ram: Ram, mem: &GuestMemory) {
         let Some(pieces) = self.pieces(cpu, &mut ram) else {
             // The call may have changed the tables it was walking.
             return;
         };
         self.check_end(cpu, &mut ram, &pieces);
         for &(to, from, len) in &pieces {
-            let byte = self.from.to_le_bytes()[0];
-            let bytes = match from.and_then(|from| Some((from, ram.page(from)?))) {
-                Some((from, page)) => page[(from % PAGE) as usize..][..len].to_vec(),
-                None => vec![byte; len],
+            let bytes = match (self.what, from.and_then(|from| Some((from, ram.page(from)?)))) {
+                (_, Some((from, page))) => page[(from % PAGE) as usize..][..len].to_vec(),
+                (What::Fill(byte) | What::Store(byte), None) => vec![byte; len],
+                (What::Copy | What::Nothing, None) => unreachable!("a copy has a source"),
             };
             if let Some(page) = ram.page(to) {
                 page[(to % PAGE) as usize..][..len].copy_from_slice(&bytes);
@@ -106,7 +132,7 @@ impl Call {
             let to_linear = self.to.wrapping_add(at);
             let from_linear = self.from.wrapping_add(at);
             let to = self.reach(ram, cpu, to_linear, true);
-            let copies = self.operation == COPY;
+            let copies = self.what == What::Copy;
             let from = copies.then(|| self.reach(ram, cpu, from_linear, false));
             let (Some(to), None | Some(Some(_))) = (&to, &from) else {
                 assert!(tangled(ram, &pieces), "from {from_linear:#x} to {to_linear:#x} is not allowed");
@@ -118,20 +144,30 @@ impl Call {
             pieces.push((to, from, len as usize));
             at += len;
         }
-        (!tangled(ram, &pieces)).then_some(pieces)
+        // A piece that takes its own page away is done in part.
+        let end = if at < self.len && self.what != What::Nothing {
+            self.reach(ram, cpu, self.to.wrapping_add(at), true)
+        } else {
+            None
+        };
+        let torn = end.is_some_and(|end| ram.is_table(end.gpa));
+        (!torn && !tangled(ram, &pieces)).then_some(pieces)
     }
 
     /// Work that stopped early stopped for a reason.
     fn check_end(&self, cpu: &FakeCpu, ram: &mut Ram, pieces: &[(u64, Option<u64>, usize)]) {
-        let known = matches!(self.operation, COPY | FILL);
-        assert!(known || self.done == 0, "an unknown operation did something");
-        if !known || self.done == self.len.min(MAX_BYTES) {
+        assert!(self.what != What::Nothing || self.done == 0, "an unknown operation did something");
+        if self.what == What::Nothing || self.done == self.len.min(self.most) {
             return;
         }
         let to = self.reach(ram, cpu, self.to.wrapping_add(self.done), true);
         let from = self.reach(ram, cpu, self.from.wrapping_add(self.done), false);
         let stops = |end: Option<Reached>| end.is_none_or(|end| end.large);
-        let reason = stops(to) || self.operation == COPY && stops(from);
+        let mut reason = stops(to) || self.what == What::Copy && stops(from);
+        if matches!(self.what, What::Store(_)) {
+            assert_eq!(self.done, 0, "a store was done in part");
+            reason |= self.reach(ram, cpu, self.to.wrapping_add(self.len - 1), true).is_none();
+        }
         // Or the call wrote over the tables that lead to its end.
         let tangled = pieces.iter().any(|&(to, ..)| ram.is_table(to));
         assert!(reason || tangled, "stopped after {} for nothing", self.done);

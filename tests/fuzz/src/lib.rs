@@ -18,6 +18,8 @@ pub mod guarded;
 pub mod images;
 mod oracle;
 pub mod parsers;
+pub mod ring0;
+mod ring0_code;
 mod tables;
 
 /// A target: its name, its function, and the longest input that makes sense.
@@ -39,6 +41,8 @@ pub const TARGETS: &[Target] = &[
     target("doorbell", doorbell::target, 512),
     target("bulk", bulk::target, 512),
     target("assist", assist::target, 512),
+    target("ring0", ring0::target, 1536),
+    target("ring0_doorbell", ring0::doorbell, 768),
     target("block", devices::block, 1024),
     target("vsock", devices::vsock, 1024),
     target("entropy", devices::entropy, 512),

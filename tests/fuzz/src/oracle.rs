@@ -58,6 +58,8 @@ impl Ram {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Who {
     Supervisor,
+    /// A supervisor's instruction fetch.
+    Fetch,
     /// A program in ring 3.
     User,
 }
@@ -88,6 +90,7 @@ pub(crate) fn walk(
     }
     let bad = if cpu.sregs.efer >> 11 & 1 == 0 { TOO_HIGH | NO_EXECUTE } else { TOO_HIGH };
     let (mut table, mut all_writable, mut all_user) = (cpu.sregs.cr3 & FRAME & !TOO_HIGH, true, true);
+    let mut no_execute = false;
     let shifts: &[u32] = if five { &[48, 39, 30, 21, 12] } else { &[39, 30, 21, 12] };
     for &shift in shifts {
         let at = table + (linear >> shift & 511) * 8;
@@ -97,6 +100,7 @@ pub(crate) fn walk(
         }
         all_writable &= entry & WRITABLE != 0;
         all_user &= entry & USER != 0;
+        no_execute |= entry & NO_EXECUTE != 0;
         if shift >= 39 && entry & LARGE != 0 {
             return None;
         }
@@ -120,6 +124,7 @@ pub(crate) fn walk(
                     || keyed && write && protected && key & 2 == 2
                     || write && protected && !all_writable
             }
+            Who::Fetch => no_execute || all_user && cr4 >> 20 & 1 == 1,
             // CR0.WP and SMAP are none of a program's business.
             Who::User => {
                 !all_user || write && !all_writable || keyed && (key & 1 == 1 || write && key & 2 == 2)

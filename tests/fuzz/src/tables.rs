@@ -20,7 +20,7 @@ const TABLES_BYTES: usize = (TABLES * PAGE) as usize;
 const PML5: u64 = 0;
 const PML4: u64 = 0x1000;
 const PDPT: u64 = 0x2000;
-const PD: u64 = 0x3000;
+pub(crate) const PD: u64 = 0x3000;
 pub(crate) const PT0: u64 = 0x4000;
 pub(crate) const PT1: u64 = 0x5000;
 const ACCESSED_DIRTY: u64 = 0x60;
@@ -129,6 +129,21 @@ pub(crate) fn write_tables(ram: &mut [u8], who: Who, u: &mut Unstructured<'_>) -
     Ok(())
 }
 
+/// Pages wherever both tables have an entry, so that a call may be as long as calls are.
+pub(crate) fn fill_tables(ram: &mut [u8], who: Who, u: &mut Unstructured<'_>) -> Result<()> {
+    // One page, pages in order, or in no order.
+    let step = *u.choose(&[0, 1, 3])?;
+    let (hole, has_hole) = (u.int_in_range(0..=1023_u64)?, u.arbitrary::<bool>()?);
+    let rights = if who == Who::User { 7 } else { 3 };
+    for index in 0..1024_u64 {
+        let table = if index < 512 { PT0 } else { PT1 };
+        let entry = if has_hole && index == hole { 0 } else { (0x20 + index * step % 16) << 12 | rights };
+        let at = (table + index % 512 * 8) as usize;
+        ram[at..at + 8].copy_from_slice(&entry.to_le_bytes());
+    }
+    Ok(())
+}
+
 fn leaf(who: Who, u: &mut Unstructured<'_>) -> Result<u64> {
     let bits: u16 = u.arbitrary()?;
     let frame = match bits & 31 {
@@ -146,7 +161,7 @@ fn leaf(who: Who, u: &mut Unstructured<'_>) -> Result<u64> {
         _ => u64::from(bits >> 8),
     };
     let flags = match who {
-        Who::Supervisor => flags,
+        Who::Supervisor | Who::Fetch => flags,
         Who::User => flags ^ USER,
     };
     let high = match bits >> 13 {

@@ -18,6 +18,12 @@ fn no_registers_and_page_tables_make_a_bulk_stream_reach_past_the_program() {
 }
 
 #[test]
+fn no_guest_makes_the_ring_0_engine_panic_or_reach_past_its_page_tables() {
+    bounded("ring0", 10_000);
+    bounded("ring0_doorbell", 10_000);
+}
+
+#[test]
 fn no_instruction_makes_the_assist_panic() {
     bounded("assist", 30_000);
 }

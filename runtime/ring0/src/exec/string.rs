@@ -14,8 +14,12 @@ use crate::tlb::Access;
 pub(crate) const REP: u8 = 1;
 /// In an op's kind: it has a REPNE prefix.
 pub(crate) const REPNE: u8 = 2;
-/// Most bytes that one instruction moves before the engine looks around; it goes on with the rest.
-const MOST_BYTES: u64 = 1 << 20;
+/// Most fuel that one instruction takes before the engine looks around; it goes on with the rest.
+const MOST_FUEL: u64 = 1 << 14;
+/// Fuel after which no more of a block is done.
+const LONG: u64 = 64;
+/// What a round takes at least, in the bytes that could be moved meanwhile.
+const ROUND_BYTES: u64 = 64;
 /// Most of one ring of the doorbell, as its other end says (the VMM's `doorbell`).
 const MOST_DOORBELL_BYTES: u64 = 4 << 20;
 
@@ -40,19 +44,31 @@ fn rounds(cpu: &mut Cpu, op: &Op, mut round: impl FnMut(&mut Cpu, u64) -> Result
         round(cpu, 1)?;
         return Ok(Flow::Next);
     }
-    let mut most = MOST_BYTES / u64::from(op.bytes);
+    let begun = cpu.spent();
     while cpu.reg(RCX) != 0 {
-        if most == 0 {
-            // The same instruction again: RCX says how much is left.
-            cpu.rip = op.next(cpu).wrapping_sub(u64::from(op.len));
-            return Ok(Flow::Jump);
+        if cpu.spent() - begun >= MOST_FUEL {
+            return again(cpu, op);
         }
-        let done = round(cpu, cpu.reg(RCX).min(most))?;
+        let done = round(cpu, cpu.reg(RCX))?;
         cpu.gpr[RCX as usize] -= done;
-        cpu.spend(done * u64::from(op.bytes));
-        most -= done;
+        cpu.spend((done * u64::from(op.bytes)).max(ROUND_BYTES));
     }
-    Ok(Flow::Next)
+    go_on(cpu, op, begun)
+}
+
+/// The same instruction again: RCX says how much is left.
+fn again(cpu: &mut Cpu, op: &Op) -> Exec {
+    cpu.rip = op.next(cpu).wrapping_sub(u64::from(op.len));
+    Ok(Flow::Jump)
+}
+
+/// The next instruction, after a look at the fuel if this one took long: a block could have many of them.
+fn go_on(cpu: &mut Cpu, op: &Op, begun: u64) -> Exec {
+    if cpu.spent() - begun <= LONG {
+        return Ok(Flow::Next);
+    }
+    cpu.rip = op.next(cpu);
+    Ok(Flow::Jump)
 }
 
 /// MOVS.
@@ -74,10 +90,10 @@ pub(crate) fn movs(cpu: &mut Cpu, op: &Op) -> Exec {
             return Ok(1);
         }
         let source = cpu.translate(from, Access::Read)?;
-        copy_in_page(cpu, to, source, total)?;
-        advance(cpu, RSI, total);
-        advance(cpu, RDI, total);
-        Ok(fit)
+        let done = copy_in_page(cpu, to, source, total)?;
+        advance(cpu, RSI, done);
+        advance(cpu, RDI, done);
+        Ok(done / u64::from(bytes))
     })
 }
 
@@ -96,9 +112,9 @@ pub(crate) fn stos(cpu: &mut Cpu, op: &Op) -> Exec {
             return Ok(1);
         }
         let total = fit * u64::from(bytes);
-        fill_in_page(cpu, to, value as u8, total)?;
-        advance(cpu, RDI, total);
-        Ok(fit)
+        let done = fill_in_page(cpu, to, value as u8, total)?;
+        advance(cpu, RDI, done);
+        Ok(done / u64::from(bytes))
     })
 }
 
@@ -119,7 +135,7 @@ pub(crate) fn compare(cpu: &mut Cpu, op: &Op) -> Exec {
     let two = op.kind & 0x80 != 0;
     let segment = source_base(cpu, op);
     let repeated = op.kind & (REP | REPNE) != 0;
-    let mut most = MOST_BYTES;
+    let begun = cpu.spent();
     while !repeated || cpu.reg(RCX) != 0 {
         let a = if two { cpu.load(cpu.reg(RSI).wrapping_add(segment), op.bytes)? } else { cpu.reg(RAX) };
         let b = cpu.load(cpu.reg(RDI), op.bytes)?;
@@ -134,18 +150,16 @@ pub(crate) fn compare(cpu: &mut Cpu, op: &Op) -> Exec {
             break;
         }
         cpu.gpr[RCX as usize] -= 1;
-        cpu.spend(u64::from(op.bytes));
+        cpu.spend(ROUND_BYTES);
         let equal = flags & ZF != 0;
         if equal == (op.kind & REPNE != 0) {
             break;
         }
-        most -= 1;
-        if most == 0 {
-            cpu.rip = op.next(cpu).wrapping_sub(u64::from(op.len));
-            return Ok(Flow::Jump);
+        if cpu.spent() - begun >= MOST_FUEL {
+            return again(cpu, op);
         }
     }
-    Ok(Flow::Next)
+    go_on(cpu, op, begun)
 }
 
 fn source_base(cpu: &Cpu, op: &Op) -> u64 {
@@ -156,33 +170,31 @@ fn source_base(cpu: &Cpu, op: &Op) -> u64 {
     }
 }
 
-/// Copies `len` bytes of a page of RAM to an address; neither leaves its page.
-fn copy_in_page(cpu: &mut Cpu, to: u64, source: usize, len: u64) -> Result<(), Break> {
+/// Copies up to `len` bytes of a page of RAM to an address; neither leaves its page. Says how many: of a page that is
+/// watched eight, for each store to a page table can take long.
+fn copy_in_page(cpu: &mut Cpu, to: u64, source: usize, len: u64) -> Result<u64, Break> {
     let target = cpu.translate(to, Access::Write)?;
-    if cpu.shadow.watches(target) {
-        for at in (0..len).step_by(8) {
-            let bytes = (len - at).min(8);
-            let mut part = [0; 8];
-            cpu.ram.read(source + at as usize, &mut part[..bytes as usize]);
-            store_watched(cpu, to + at, &part[..bytes as usize])?;
-        }
-        return Ok(());
+    if !cpu.shadow.watches(target) {
+        cpu.ram.copy(target, source, len as usize);
+        return Ok(len);
     }
-    cpu.ram.copy(target, source, len as usize);
-    Ok(())
+    let len = len.min(8);
+    let mut part = [0; 8];
+    cpu.ram.read(source, &mut part[..len as usize]);
+    store_watched(cpu, to, &part[..len as usize])?;
+    Ok(len)
 }
 
-fn fill_in_page(cpu: &mut Cpu, to: u64, byte: u8, len: u64) -> Result<(), Break> {
+/// The same with one byte for all.
+fn fill_in_page(cpu: &mut Cpu, to: u64, byte: u8, len: u64) -> Result<u64, Break> {
     let target = cpu.translate(to, Access::Write)?;
-    if cpu.shadow.watches(target) {
-        let part = [byte; 8];
-        for at in (0..len).step_by(8) {
-            store_watched(cpu, to + at, &part[..(len - at).min(8) as usize])?;
-        }
-        return Ok(());
+    if !cpu.shadow.watches(target) {
+        cpu.ram.fill(target, byte, len as usize);
+        return Ok(len);
     }
-    cpu.ram.fill(target, byte, len as usize);
-    Ok(())
+    let len = len.min(8);
+    store_watched(cpu, to, &[byte; 8][..len as usize])?;
+    Ok(len)
 }
 
 fn store_watched(cpu: &mut Cpu, to: u64, bytes: &[u8]) -> Result<(), Break> {
@@ -196,12 +208,13 @@ fn store_watched(cpu: &mut Cpu, to: u64, bytes: &[u8]) -> Result<(), Break> {
 }
 
 /// The bulk-memory doorbell: RCX bytes are copied from RSI to RDI (EAX is 1), or set to RSI's lowest byte (2). RCX
-/// comes back as the bytes not done: those from the first page that would fault.
-pub(crate) fn doorbell(cpu: &mut Cpu) {
+/// comes back as the bytes not done: those from the first page that would fault, or that would take too long.
+pub(crate) fn doorbell(cpu: &mut Cpu, op: &Op) -> Exec {
+    let begun = cpu.spent();
     let (to, from) = (cpu.reg(RDI), cpu.reg(RSI));
     let most = cpu.reg(RCX).min(MOST_DOORBELL_BYTES);
     let mut done = 0;
-    while done < most {
+    while done < most && cpu.spent() - begun < MOST_DOORBELL_BYTES / 64 {
         let target = to.wrapping_add(done);
         let mut len = left_in_page(target).min(most - done);
         let piece = match cpu.reg(RAX) as u32 {
@@ -213,11 +226,12 @@ pub(crate) fn doorbell(cpu: &mut Cpu) {
             2 => fill_in_page(cpu, target, from as u8, len),
             _ => break,
         };
-        if piece.is_err() {
+        let Ok(len) = piece else {
             break;
-        }
+        };
         done += len;
+        cpu.spend(len.max(ROUND_BYTES));
     }
     cpu.gpr[RCX as usize] -= done;
-    cpu.spend(done);
+    go_on(cpu, op, begun)
 }

@@ -17,6 +17,8 @@ const DOUBLE_FAULT: u8 = 8;
 const CR4_PGE: u64 = 1 << 7;
 /// In what is written to CR3: translations stay (with PCIDs).
 const CR3_KEEP: u64 = 1 << 63;
+/// The highest value that it can have.
+const CR3_MOST: u64 = (1 << 52) - 1;
 
 /// What POPF and IRET may change in ring 0 (SDM vol. 2, POPF), VIF and VIP left alone.
 const RESTORABLE: u64 = ARITHMETIC | TF | IF | crate::cpu::DF | (3 << 12) | NT | AC | (1 << 21);
@@ -41,8 +43,7 @@ pub(crate) fn out(cpu: &mut Cpu, op: &Op) -> Exec {
     if cpu.reg(RDX) as u16 != crate::BULK_PORT || op.bytes != 4 {
         return Err(foreign());
     }
-    super::string::doorbell(cpu);
-    Ok(Flow::Next)
+    super::string::doorbell(cpu, op)
 }
 
 /// CLI, or STI if the kind is 1.
@@ -166,7 +167,8 @@ pub(crate) fn control_register(cpu: &mut Cpu, op: &Op) -> Exec {
     let value = cpu.reg(op.to);
     match register {
         2 => cpu.sregs.cr2 = value,
-        3 => {
+        // Bits that no address has: KVM would refuse the state.
+        3 if value & !CR3_KEEP <= CR3_MOST => {
             cpu.sregs.cr3 = value & !CR3_KEEP;
             cpu.flush_local();
         }
@@ -208,7 +210,7 @@ pub(crate) fn read_segment(cpu: &mut Cpu, op: &Op) -> Exec {
 /// and looks at no interrupt in between.
 pub(crate) fn write_stack_segment(cpu: &mut Cpu, op: &Op) -> Exec {
     let selector = cpu.get(op, op.from, 2)? as u16;
-    cpu.sregs.ss = if selector & !3 == 0 {
+    cpu.sregs.ss = if selector == 0 {
         null_segment(selector)
     } else {
         let segment = cpu.descriptor(selector, false)?;
@@ -259,6 +261,9 @@ pub(crate) fn interrupt_return(cpu: &mut Cpu, _: &Op) -> Exec {
         return Err(foreign());
     }
     let new_ss = if outer || ss != 0 { cpu.descriptor(ss, false)? } else { null_segment(ss) };
+    if new_ss.unusable == 0 && (new_ss.dpl != new_cs.dpl || ss & 3 != cs & 3 || new_ss.type_ & 2 == 0) {
+        return Err(foreign());
+    }
     if !is_canonical(&cpu.sregs, rip) {
         return Err(general_protection());
     }
@@ -380,6 +385,10 @@ impl Cpu {
         }
         let handler = (low & 0xffff) | (low >> 32 & 0xffff_0000) | (high << 32);
         let cs = self.descriptor(selector & !3, true)?;
+        if cs.l == 0 || cs.db == 1 || cs.dpl != 0 {
+            // Gates of other rings and of 32-bit code.
+            return Err(Break::Trap(Trap { vector: 13, code: Some(u32::from(selector & !3)), linear: 0 }));
+        }
         let stack = match low >> 32 & 7 {
             0 => self.reg(RSP),
             // The task state segment's interrupt stacks (SDM vol. 3, 7.7).

@@ -270,7 +270,7 @@ impl Pair<'_> {
 }
 
 /// A number from the environment: for longer runs than everybody's.
-fn number(name: &str, otherwise: u64) -> u64 {
+pub(super) fn number(name: &str, otherwise: u64) -> u64 {
     std::env::var(name).ok().and_then(|text| text.parse().ok()).unwrap_or(otherwise)
 }
 

@@ -2,7 +2,7 @@
 
 use super::guest::{CR4, CR4_SMAP, CR4_SMEP, DIRECT, Frame, Guest, IST_TOP};
 use crate::cpu::{AC, RAX, RCX, RDI, RDX, RSI, RSP};
-use crate::paging::{ACCESSED, CR0_WP, CR4_LA57, DIRTY, LARGE, NO_EXECUTE, PRESENT, USER, WRITABLE};
+use crate::paging::{ACCESSED, CR0_WP, CR4_LA57, DIRTY, FRAME, LARGE, NO_EXECUTE, PRESENT, USER, WRITABLE};
 use crate::stop::Stop;
 
 const RBX: u8 = 3;
@@ -76,6 +76,7 @@ fn writing_needs_the_right_at_every_level_unless_wp_is_clear() {
         assert_eq!(guest.page_fault(LOAD, LINEAR), None);
         assert_eq!(guest.page_fault(STORE, LINEAR + 8), Some((P | W, LINEAR + 8)));
         assert_eq!(guest.page_fault(MODIFY, LINEAR + 16), Some((P | W, LINEAR + 16)));
+        assert_eq!(guest.read(guest.entry_of(LINEAR, 1)) & DIRTY, 0, "nothing was written");
         let mut sregs = guest.engine.cpu().sregs;
         sregs.cr0 &= !CR0_WP;
         guest.engine.cpu_mut().set_sregs(&sregs);
@@ -102,7 +103,39 @@ fn no_execute_at_any_level_forbids_fetches_only() {
         let mut sregs = guest.engine.cpu().sregs;
         sregs.efer &= !(1 << 11);
         guest.engine.cpu_mut().set_sregs(&sregs);
+        // Now the bit is a reserved one.
+        assert_eq!(guest.run_at(UPPER), Stop::Foreign);
+        guest.map_at(UPPER, entry, level);
         assert_eq!(guest.page_fault(JUMP, UPPER), None);
+    }
+}
+
+#[test]
+fn an_entry_with_a_reserved_bit_is_for_kvm() {
+    // Of a page of 4 KiB the bit is one of its memory type, and of a table nothing at all.
+    for (level, bits, stop) in [
+        (1, LARGE, Stop::Halt),
+        (4, LARGE, Stop::Foreign),
+        (2, LARGE, Stop::Halt),
+        (2, LARGE | 1 << 12, Stop::Halt),
+        (2, LARGE | 1 << 13, Stop::Foreign),
+        (2, LARGE | 1 << 20, Stop::Foreign),
+        (3, LARGE, Stop::Halt),
+        (3, LARGE | 1 << 21, Stop::Foreign),
+        (3, LARGE | 1 << 29, Stop::Foreign),
+    ] {
+        let mut guest = Guest::new();
+        let load = guest.code(LOAD);
+        // It begins where pages of all sizes do.
+        let linear = LINEAR & !0xffff_ffff;
+        guest.map(linear, 0, PRESENT | WRITABLE);
+        let entry = guest.read(guest.entry_of(linear, level));
+        // A large page of the first RAM there is.
+        let frame = if level == 2 || level == 3 { 0 } else { entry & FRAME };
+        guest.map_at(linear, frame | PRESENT | WRITABLE | bits, level);
+        guest.set_reg(RAX, linear);
+        assert_eq!(guest.run_at(load), stop, "level {level}, {bits:#x}");
+        assert_eq!(guest.vector(), None);
     }
 }
 
@@ -216,7 +249,7 @@ fn large_pages_lead_to_all_of_their_bytes() {
         let mut guest = Guest::new();
         // The page's number in the entry is cut to the page's size: what lies below is PAT and must be ignored.
         guest.map_at(linear, PRESENT | WRITABLE | USER | LARGE | 1 << 12, level);
-        let target = 0x6_7128;
+        let target = 0x6_6128;
         guest.write(target, 0x1122_3344_5566_7788);
         assert_eq!(guest.page_fault(LOAD, linear + target), None);
         assert_eq!(guest.reg(RCX), 0x1122_3344_5566_7788);

@@ -209,6 +209,10 @@ impl Guest {
         self.memory.write_slice(bytes, GuestAddress(gpa)).unwrap();
     }
 
+    pub(super) fn memory(&self) -> &GuestMemoryMmap<()> {
+        &self.memory
+    }
+
     pub(super) fn rip(&self) -> u64 {
         self.engine.cpu().rip
     }

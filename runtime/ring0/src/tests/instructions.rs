@@ -292,7 +292,11 @@ impl Cases {
                     return self.memory(case, number, kind, registers);
                 }
                 _ => {
-                    let register = operands::register(&mut self.random, kind)?;
+                    let mut register = operands::register(&mut self.random, kind)?;
+                    let first = insn.op0_register();
+                    if number == 1 && first.size() == register.size() && self.random.once_in(8) {
+                        register = operands::same(first, kind).unwrap_or(register);
+                    }
                     insn.set_op_kind(number, OpKind::Register);
                     insn.set_op_register(number, register);
                     if matches!(insn.mnemonic(), Mnemonic::Jmp | Mnemonic::Call) {
@@ -392,7 +396,7 @@ impl Cases {
     fn double_shift_count(&mut self) -> u8 {
         let narrow = self.random.below(17) as u8;
         // Masked away, but of 64 bits bit 5 is not.
-        narrow | 0x20 * self.random.below(8) as u8
+        narrow | (0x20 * self.random.below(8) as u8)
     }
 
     /// A stack pointer; `popped` says that what is there is meant to be there, if it can be reached at all.

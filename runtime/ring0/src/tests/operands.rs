@@ -51,6 +51,13 @@ pub(super) fn register(random: &mut Random, kind: OpCodeOperandKind) -> Option<R
     })
 }
 
+/// That register, if an operand's kind allows it.
+pub(super) fn same(register: Register, kind: OpCodeOperandKind) -> Option<Register> {
+    use OpCodeOperandKind as K;
+    // What names one register is no choice.
+    (!matches!(kind, K::al | K::cl | K::ax | K::dx | K::eax | K::rax)).then_some(register)
+}
+
 /// Whether an operand of this kind can, or must, be memory.
 pub(super) fn memory_kind(kind: OpCodeOperandKind) -> Option<bool> {
     use OpCodeOperandKind as K;

@@ -57,7 +57,6 @@ impl Random {
             3 => 1 << self.below(64),
             4 => self.next() >> self.below(64),
             5 => ((self.next() as i64) >> self.below(64)) as u64,
-            // The same in each byte, word and double word: halves that are mixed up show.
             _ => self.next(),
         }
     }

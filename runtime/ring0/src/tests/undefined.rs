@@ -29,8 +29,8 @@ pub(super) fn flags(insn: &Instruction, cl: u8) -> u64 {
 
 fn shift(insn: &Instruction, count: u32) -> u64 {
     let overflow = if count == 1 { 0 } else { OF };
-    // A count of the operand's width or more, which only narrow ones can have.
-    let carry = if count >= bits(insn) && insn.mnemonic() != Mnemonic::Sar { CF } else { 0 };
+    // A count beyond the operand's width, which only narrow ones can have; at the width all processors agree.
+    let carry = if count > bits(insn) && insn.mnemonic() != Mnemonic::Sar { CF } else { 0 };
     if count == 0 { 0 } else { AF | overflow | carry }
 }
 

@@ -27,7 +27,7 @@ pub(crate) struct Timing {
     pub(crate) first_byte_us: Option<u64>,
     /// Its exit status was known.
     pub(crate) exit_us: Option<u64>,
-    /// Guest instructions that KVM emulated, until PID 1's agent was ready and in all.
+    /// Guest instructions that were emulated, until PID 1's agent was ready and in all.
     pub(crate) emulated_boot: Option<u64>,
     /// See `emulated_boot`.
     pub(crate) emulated_total: Option<u64>,

@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 /// What a worker's guest has cost so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct WorkerStats {
-    /// Guest instructions that KVM emulated, where KVM counts them.
+    /// Guest instructions that were emulated, where KVM counts them.
     pub emulated_instructions: Option<u64>,
     /// VM exits, where KVM counts them.
     pub exits: Option<u64>,

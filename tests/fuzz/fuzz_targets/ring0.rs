@@ -1,0 +1,4 @@
+//! libFuzzer's entry to [`fuzz::ring0::target`].
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|data: &[u8]| fuzz::ring0::target(data));
