@@ -76,6 +76,16 @@ assert.equal(bytes, size);
 assert.equal(heard.digest('hex'), sent.digest('hex'));
 console.log(`${size >> 20} MiB up: ${((middle - began) / 1000).toFixed(1)} s, down: ${((performance.now() - middle) / 1000).toFixed(1)} s`);
 
+// A reader who takes the beginning and then nothing: the rest waits in the guest.
+await new Promise((resolve, reject) => {
+  http.get({ host, port, path: `/v1/runs/${sandbox.id}/files/download?path=/tmp/big`, headers }, (response) => {
+    response.once('data', () => {
+      response.pause();
+      setTimeout(() => resolve(response.destroy()), 2000);
+    });
+  }).on('error', reject);
+});
+
 // More at once than there are bulk streams, some of them short, and some that nobody stays for.
 const at = `${base}/v1/runs/${sandbox.id}/files`;
 const pattern = (length, seed) => Buffer.from(Uint8Array.from({ length }, (_, i) => (i * 7 + (i >> 12) * 13 + seed) & 255));

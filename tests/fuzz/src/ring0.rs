@@ -34,8 +34,9 @@ const BLOCK: u64 = 48;
 /// What one block may cost beyond its instructions: the doorbell's share, in units of 64 bytes, and page tables
 /// that its stores make and break.
 const BLOCK_WORK: u64 = MAX_BYTES / 64 + 300_000;
-/// Fuel for REP instructions to come to their end.
-const PLENTY: u64 = 1 << 23;
+/// Fuel of one run of a REP instruction, and runs in which it must have come to its end.
+const PLENTY: u64 = 1 << 16;
+const MOST_RUNS: usize = 1 << 7;
 
 /// One execution of any code.
 pub fn target(data: &[u8]) {
@@ -286,7 +287,9 @@ fn fill(low: &mut [u8], u: &mut Unstructured<'_>) -> Result<()> {
 /// Target, source and length.
 fn operands(u: &mut Unstructured<'_>, long: bool) -> Result<(u64, u64, u64)> {
     if !long || u.ratio(1, 4)? {
-        return Ok((address(u)?, address(u)?, length(u)?));
+        // Now and then what would be an address if its upper bits did not count.
+        let odd = if u.ratio(1, 32)? { 1 << u.int_in_range(48..=63)? } else { 0 };
+        return Ok((address(u)? ^ odd, address(u)?, length(u)?));
     }
     let mut start = || Ok(u.choose(&code::FILLED)? + u64::from(u.arbitrary::<u8>()?));
     let (to, from) = (start()?, start()?);
@@ -352,11 +355,18 @@ impl Known {
         engine.cpu_mut().set_sregs(&sregs);
         engine.cpu_mut().set_regs(&before);
         let work = engine.work();
-        let stop = run(engine, PLENTY);
+        let overwritten = || read(&machine.mem, CODE_FRAME + place, code.len()) != code;
+        let mut stop = Stop::Fuel;
+        for _ in 0..MOST_RUNS {
+            stop = run(engine, PLENTY);
+            if stop != Stop::Fuel || overwritten() {
+                break;
+            }
+        }
         let after = engine.cpu().regs();
         let fetched = walk(&mut ram, cpu, 0, Who::Fetch, before.rip, false).map(|reached| reached.gpa);
         let moved = fetched.is_some_and(|gpa| gpa != CODE_FRAME + place);
-        if moved || read(&machine.mem, CODE_FRAME + place, code.len()) != code {
+        if moved || overwritten() {
             // The one before has changed where code is, or this one has written over itself: anything was done.
             return false;
         }

@@ -127,7 +127,8 @@ async fn converse(app: Rc<App>, stream: TcpStream, mut stop: watch::Receiver<boo
         Box::pin(async move { Ok::<_, Infallible>(lasting(answer(&app, request).await, answering)) })
     });
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(idle).max_buf_size(64 * 1024).pipeline_flush(true);
+    // Not `pipeline_flush`: with it max_buf_size does not hold for an answer that is read slowly.
+    http.timer(TokioTimer::new()).header_read_timeout(idle).max_buf_size(64 * 1024);
     let mut connection = std::pin::pin!(http.serve_connection(TokioIo::new(paced), handler).with_upgrades());
     let ended = tokio::select! {
         result = connection.as_mut() => result,
