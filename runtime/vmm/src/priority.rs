@@ -31,6 +31,17 @@ pub fn equal() -> io::Result<()> {
     schedule(Scheduling { nice: 0, slice_ns: 0 })
 }
 
+/// This thread has come first and does not any more: who waits for its processor is let in now. The scheduler would look at
+/// what has changed at its next tick, which is up to 4 ms later.
+///
+/// # Errors
+/// As [`equal`].
+pub fn give_way() -> io::Result<()> {
+    equal()?;
+    std::thread::yield_now();
+    Ok(())
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {

@@ -188,7 +188,7 @@ impl Vcpu {
             let next = self.turn();
             if came_first {
                 self.comes_first = false;
-                let _ = priority::equal();
+                let _ = priority::give_way();
             }
             self.trapped = matches!(next, Next::Trapped);
             match next {

@@ -5,6 +5,7 @@
 //! the caller's, and the pool forgets it.
 
 mod measure;
+mod quiet;
 mod shell;
 
 pub use measure::Percentiles;
@@ -16,12 +17,13 @@ use measure::Latencies;
 use peregrine_vmm::DiskConfig;
 use peregrine_vmm::worker::{WorkerError, Zygote};
 use prewarm::{Action, Cause, Checkout, Depth, Limits, Policy, SlotId, Ticket};
+use quiet::Quiet;
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
-use tokio::sync::{Notify, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 /// A template's name: its key in the cache.
 pub type TemplateKey = Rc<str>;
@@ -134,9 +136,10 @@ impl Pool {
             places,
             epoch: Instant::now(),
             sources: HashMap::new(),
+            lows: HashMap::new(),
             shells: HashMap::new(),
             waiting: HashMap::new(),
-            wanted: Rc::default(),
+            quiet: Rc::new(Quiet::new()),
             latencies: HashMap::new(),
             orders: orders.downgrade(),
             drained: None,
@@ -190,10 +193,6 @@ impl Pool {
     }
 }
 
-/// A checkout makes room for a worker more. Making it waits so long, or it would compete with the very create that took
-/// the last one; but not if somebody waits for it.
-const REFILL_AFTER: Duration = Duration::from_millis(5);
-
 struct Waiting {
     key: TemplateKey,
     since: Instant,
@@ -207,10 +206,12 @@ struct Owner {
     places: Places,
     epoch: Instant,
     sources: HashMap<TemplateKey, Source>,
+    /// How many workers a template should have ready at least.
+    lows: HashMap<TemplateKey, usize>,
     shells: HashMap<SlotId, Shell>,
     waiting: HashMap<Ticket, Waiting>,
-    /// Tells builds that have not begun that somebody waits.
-    wanted: Rc<Notify>,
+    /// When builds begin that nobody waits for.
+    quiet: Rc<Quiet>,
     latencies: HashMap<TemplateKey, Latencies>,
     /// Weak: the pool ends when nobody can ask it for anything.
     orders: mpsc::WeakUnboundedSender<Order>,
@@ -246,8 +247,10 @@ impl Owner {
                 if self.pool.stats(&key).is_some() {
                     let _ = self.pool.remove(now, &key);
                 }
+                let low = policy.low;
                 let added = self.pool.add(now, Rc::clone(&key), policy);
                 if added.is_ok() {
+                    self.lows.insert(Rc::clone(&key), low);
                     self.sources.insert(key, source);
                 }
                 let _ = reply.send(added.map_err(PoolError::from));
@@ -255,6 +258,7 @@ impl Owner {
             Order::Remove { key } => {
                 let _ = self.pool.remove(now, &key);
                 self.sources.remove(&key);
+                self.lows.remove(&key);
                 self.latencies.remove(&key);
             }
             Order::Stats { key, reply } => {
@@ -301,15 +305,25 @@ impl Owner {
     ) {
         let since = Instant::now();
         match self.pool.checkout(now, &key) {
-            Ok(Checkout::Hit { slot, .. }) => self.hand_out(slot, Waiting { key, since, reply }, true),
+            Ok(Checkout::Hit { slot, .. }) => {
+                let (left, low) = self.stock(&key);
+                self.quiet.checkout(left, low);
+                self.hand_out(slot, Waiting { key, since, reply }, true);
+            }
             Ok(Checkout::Wait(ticket)) => {
-                self.wanted.notify_waiters();
+                self.quiet.hurry();
                 self.waiting.insert(ticket, Waiting { key, since, reply });
             }
             Err(error) => {
                 let _ = reply.send(Err(refusal(&error)));
             }
         }
+    }
+
+    /// Workers of a template that are ready, and how many should be at least.
+    fn stock(&self, key: &TemplateKey) -> (usize, usize) {
+        let ready = self.pool.stats(key).map_or(0, |stats| stats.ready + stats.parked);
+        (ready, self.lows.get(key).copied().unwrap_or_default())
     }
 
     fn hand_out(&mut self, slot: SlotId, waiting: Waiting, hit: bool) {
@@ -376,14 +390,11 @@ impl Owner {
         };
         let (zygote, begun, patience) = (Arc::clone(&self.zygote), self.shells.remove(&slot), self.patience);
         let places = self.places.clone();
-        let wanted = Rc::clone(&self.wanted);
+        let (quiet, (left, low)) = (Rc::clone(&self.quiet), self.stock(template));
         let waited_for = !self.waiting.is_empty();
         executor::spawn(async move {
             if !waited_for {
-                tokio::select! {
-                    () = tokio::time::sleep(REFILL_AFTER) => {}
-                    () = wanted.notified() => {}
-                }
+                quiet.wait(left, low).await;
             }
             let result = executor::in_the_background(move || {
                 let shell = match begun {

@@ -14,9 +14,12 @@ use std::os::unix::process::CommandExt as _;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 /// How many workers have the same address space layout.
 const MOST_WORKERS: u32 = 256;
+/// A zygote that is replaced and has not ended by then is killed.
+const MOST_PATIENCE: Duration = Duration::from_secs(2);
 
 /// Makes workers. Their zygote is started with the first one, and again when it has ended.
 #[derive(Debug)]
@@ -28,16 +31,26 @@ pub struct Zygote {
 
 #[derive(Debug)]
 struct Process {
-    control: OwnedFd,
+    /// None when it is to end.
+    control: Option<OwnedFd>,
     child: Child,
     workers: u32,
 }
 
 impl Drop for Process {
+    /// The workers that it was asked for it still makes: it ends when it finds the end of the socket behind them. Those
+    /// that are there stay.
     fn drop(&mut self) {
-        // It has nothing that could be lost; its workers stay.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        drop(self.control.take());
+        let latest = Instant::now() + MOST_PATIENCE;
+        while let Ok(None) = self.child.try_wait() {
+            if Instant::now() > latest {
+                let _ = self.child.kill();
+                let _ = self.child.wait();
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 }
 
@@ -59,7 +72,7 @@ impl Zygote {
         {
             return Ok(worker);
         }
-        // The old one must be gone before: they are few, and it has nothing to do.
+        // The old one must be gone before: they are few, and it has little to do.
         drop(process.take());
         Ok(process.insert(self.start()?).hatch()?)
     }
@@ -74,14 +87,15 @@ impl Zygote {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()?;
-        Ok(Process { control, child, workers: 0 })
+        Ok(Process { control: Some(control), child, workers: 0 })
     }
 }
 
 impl Process {
     fn hatch(&mut self) -> io::Result<Worker> {
         let (ours, theirs) = pair()?;
-        send(&self.control, &Request::Hatch, &[theirs.as_fd()])?;
+        let control = self.control.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
+        send(control, &Request::Hatch, &[theirs.as_fd()])?;
         self.workers += 1;
         Ok(Worker::hatched(ours))
     }
