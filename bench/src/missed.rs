@@ -21,14 +21,9 @@ pub fn of(promise: &str) -> Option<Miss> {
 /// Promise, reason, what would close it.
 const MISSES: &[(&str, &str, &str)] = &[
     (
-        "boot to PID 1",
-        "every guest-kernel instruction is emulated (the row of emulated instructions), one after the other",
-        "fewer of them (kernels/README.md lists where they go), or hardware KVM, which runs them natively",
-    ),
-    (
         "guest: ",
-        "the guest kernel's instructions are emulated: this row's own count of them, times about a microsecond",
-        "fewer of them, or hardware KVM, which runs them natively",
+        "KVM emulates the guest kernel's instructions there: this row's own count of them, times about a microsecond",
+        "the variant as shipped, in which the VMM runs them; or hardware KVM, which runs them natively",
     ),
     (
         "create, pool hit",
@@ -43,10 +38,10 @@ const MISSES: &[(&str, &str, &str)] = &[
     ),
     (
         "create over HTTP",
-        "two cores are shared by the client, the daemon, the guest that takes its identity (20 ms emulated), the worker \
-         that is made in its place (4 ms) and the one that ends (2 ms), and what these do in the kernel is not always \
-         preempted: traces show a runnable daemon wait 2 to 3 ms for a vCPU in KVM's emulation or a kernel worker, and 4 ms when the host has taken both",
-        "a third core, and a host that is not shared; fewer instructions to take an identity",
+        "two cores are shared by the client, the daemon, the guest that takes its identity (6 ms), the worker that is made \
+         in its place (4 ms) and the one that ends (2 ms). Traces show a daemon or client that is due wait for a \
+         processor that a vCPU has: up to the host's next tick (4 ms), twice where both are unlucky",
+        "a third core; a host whose scheduler looks more often than each 4 ms",
     ),
     (
         "live fork, pause",
@@ -86,15 +81,14 @@ const MISSES: &[(&str, &str, &str)] = &[
     ),
     (
         "memory per idle clone",
-        "about 1 MiB is the kernel's for an idle VM; the rest is what a clone writes when it takes its identity, and \
-         its process",
-        "fewer pages written on the way to the first command; a smaller worker",
+        "about 1 MiB is the kernel's for an idle VM, half a MiB is ring 0's code as the VMM has decoded it; the rest is what \
+         a clone writes when it takes its identity, and its process",
+        "decoded code that clones share, or that an idle clone gives back; a smaller worker",
     ),
     (
         "sustained create + destroy",
-        "a sandbox counts when it has taken its identity, and that is 22,000 emulated guest-kernel instructions",
-        "an identity taken with fewer of them, or hardware KVM; processes that wait in the pool take their start off \
-         this core only if there is another",
+        "a worker is made and ended for each: as many a second are built and destroyed without being let go (the next row)",
+        "workers that are used again; KVM objects that cost less to make and to end",
     ),
 ];
 
