@@ -129,10 +129,10 @@ pub fn suite(artefacts: &Artefacts, quick: bool) -> Result<Vec<Recorder>, Box<dy
             rows.extend(record(item, variant, &samples, emulated.saturating_sub(overhead)));
         }
         let (calls, ring0) = (bench.vm.doorbell().calls, bench.vm.ring0_instructions());
-        if *parameters == LEVERS_OFF && calls + ring0 > 0 {
-            return Err(
-                format!("{calls} doorbell calls, {ring0} instructions of ours with the {variant}").into()
-            );
+        let calls = if *parameters == LEVERS_OFF { calls } else { 0 };
+        let ring0 = if parameters.is_empty() { 0 } else { ring0 };
+        if calls + ring0 > 0 {
+            return Err(format!("{calls} doorbell calls, {ring0} instructions of ours: {variant}").into());
         }
     }
     Ok(rows)

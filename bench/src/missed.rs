@@ -38,7 +38,7 @@ const MISSES: &[(&str, &str, &str)] = &[
     ),
     (
         "create over HTTP",
-        "two cores are shared by the client, the daemon, the guest that takes its identity (6 ms), the worker that is made \
+        "two cores are shared by the client, the daemon, the guest that takes its identity (6 to 8 ms), the worker that is made \
          in its place (4 ms) and the one that ends (2 ms). Traces show a daemon or client that is due wait for a \
          processor that a vCPU has: up to the host's next tick (4 ms), twice where both are unlucky",
         "a third core; a host whose scheduler looks more often than each 4 ms",
@@ -81,8 +81,8 @@ const MISSES: &[(&str, &str, &str)] = &[
     ),
     (
         "memory per idle clone",
-        "about 1 MiB is the kernel's for an idle VM, half a MiB is ring 0's code as the VMM has decoded it; the rest is what \
-         a clone writes when it takes its identity, and its process",
+        "about 1 MiB is the kernel's for an idle VM, half a MiB has come with the engine that runs ring 0; the rest is what a \
+         clone writes when it takes its identity, and its process",
         "decoded code that clones share, or that an idle clone gives back; a smaller worker",
     ),
     (

@@ -38,5 +38,5 @@ mod tests;
 
 pub use error::{Cause, Error};
 pub use policy::{Limits, Policy};
-pub use pool::{Action, Checkout, Pool, Stats};
+pub use pool::{Action, Checkout, Pool, Stats, Stock};
 pub use slot::{Depth, Reason, SlotId, State, Ticket};

@@ -112,6 +112,23 @@ pub struct Stats {
     pub broken: Option<Cause>,
 }
 
+/// What a template has idle; cheaper than [`Stats`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Stock {
+    /// Idle slots now, shells and parked ones.
+    pub idle: usize,
+    /// [`Policy::low`].
+    pub low: usize,
+}
+
+impl Stock {
+    /// Less than half of what is to be there whatever the demand.
+    #[must_use]
+    pub fn is_short(self) -> bool {
+        self.idle * 2 < self.low
+    }
+}
+
 #[derive(Debug, Clone)]
 pub(crate) struct Template {
     pub(crate) policy: Policy,
@@ -418,6 +435,12 @@ impl<K: Ord + Clone> Pool<K> {
     /// Memory of all slots but those in callers' hands, in bytes.
     pub fn charged_bytes(&self) -> u64 {
         self.charged_bytes
+    }
+
+    /// What a template has idle; `None` if there is no such template.
+    pub fn stock(&self, template: &K) -> Option<Stock> {
+        let entry = self.templates.get(template)?;
+        Some(Stock { idle: entry.ready.len() + entry.parked.len(), low: entry.policy.low })
     }
 
     /// Counts and gauges of a template; `None` if there is no such template.

@@ -211,3 +211,17 @@ fn policies_out_of_range_are_refused_with_the_field_and_what_to_do() {
     });
     assert_eq!(fields, ["low", "max", "refill_per_s", "parked_bytes", "idle_expiry"]);
 }
+
+#[test]
+fn a_stock_is_short_with_less_than_half_of_what_is_to_be_there() {
+    let mut pool = pool(&[("python", keep(3, 4)), ("never", keep(0, 1))]);
+    fill(&mut pool, ms(1));
+    let short = |pool: &Pool<&'static str>, key| pool.stock(&key).map(|stock| (stock.idle, stock.is_short()));
+    assert_eq!(short(&pool, "python"), Some((3, false)));
+    pool.checkout(ms(2), &"python").unwrap();
+    assert_eq!(short(&pool, "python"), Some((2, false)));
+    pool.checkout(ms(2), &"python").unwrap();
+    assert_eq!(short(&pool, "python"), Some((1, true)));
+    assert_eq!(short(&pool, "never"), Some((0, false)));
+    assert_eq!(short(&pool, "unknown"), None);
+}

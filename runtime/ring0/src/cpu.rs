@@ -286,7 +286,7 @@ impl Cpu {
         let entry = place.at & !7;
         let before = self.ram.load(entry, 8);
         self.ram.compare_exchange(place.at, bytes, old, new)?;
-        self.note(place.linear, place.at, bytes, before);
+        self.note(place.linear, place.at, before);
         Ok(())
     }
 
@@ -334,7 +334,6 @@ impl Cpu {
         if here < bytes as usize {
             let rest = self.translate(linear.wrapping_add(here as u64), Access::Write)?;
             place.rest = Some((rest, here as u8));
-            place.watched |= self.shadow.watches(rest);
         }
         Ok(place)
     }
@@ -377,11 +376,11 @@ impl Cpu {
         }
         let before = self.ram.load(at & !7, 8);
         self.ram.store(at, bytes, value);
-        self.note(linear, at, bytes, before);
+        self.note(linear, at, before);
     }
 
     /// A watched page was stored to; `before` are the eight bytes around as they were.
-    fn note(&mut self, linear: u64, at: usize, _bytes: u8, before: u64) {
+    fn note(&mut self, linear: u64, at: usize, before: u64) {
         if self.shadow.is_code(at) {
             self.code_stale = true;
         }

@@ -205,9 +205,6 @@ fn general(insn: &Instruction, op: &mut Op) -> Option<Run> {
         }
         M::Xchg => {
             both(insn, op)?;
-            if op.from == MEMORY {
-                (op.to, op.from) = (MEMORY, op.to);
-            }
             movement::exchange
         }
         M::Push => {

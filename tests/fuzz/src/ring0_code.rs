@@ -300,7 +300,7 @@ fn instruction(code: &mut Vec<u8>, u: &mut Unstructured<'_>) -> Result<()> {
             code.extend([0x48, 0xb8 | u.int_in_range(0..=7)?]);
             code.extend(value(u)?.to_le_bytes());
         }
-        // MOV to memory, and a jump to another page of code.
+        // A jump, perhaps to the other page of code.
         4 => {
             code.push(0xe9);
             code.extend(u.int_in_range(-0x200..=0x1200_i32)?.to_le_bytes());

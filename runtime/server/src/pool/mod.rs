@@ -16,7 +16,7 @@ use crate::places::Places;
 use measure::Latencies;
 use peregrine_vmm::DiskConfig;
 use peregrine_vmm::worker::{WorkerError, Zygote};
-use prewarm::{Action, Cause, Checkout, Depth, Limits, Policy, SlotId, Ticket};
+use prewarm::{Action, Cause, Checkout, Depth, Limits, Policy, SlotId, Stock, Ticket};
 use quiet::Quiet;
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -136,7 +136,6 @@ impl Pool {
             places,
             epoch: Instant::now(),
             sources: HashMap::new(),
-            lows: HashMap::new(),
             shells: HashMap::new(),
             waiting: HashMap::new(),
             quiet: Rc::new(Quiet::new()),
@@ -206,8 +205,6 @@ struct Owner {
     places: Places,
     epoch: Instant,
     sources: HashMap<TemplateKey, Source>,
-    /// How many workers a template should have ready at least.
-    lows: HashMap<TemplateKey, usize>,
     shells: HashMap<SlotId, Shell>,
     waiting: HashMap<Ticket, Waiting>,
     /// When builds begin that nobody waits for.
@@ -247,10 +244,8 @@ impl Owner {
                 if self.pool.stats(&key).is_some() {
                     let _ = self.pool.remove(now, &key);
                 }
-                let low = policy.low;
                 let added = self.pool.add(now, Rc::clone(&key), policy);
                 if added.is_ok() {
-                    self.lows.insert(Rc::clone(&key), low);
                     self.sources.insert(key, source);
                 }
                 let _ = reply.send(added.map_err(PoolError::from));
@@ -258,7 +253,6 @@ impl Owner {
             Order::Remove { key } => {
                 let _ = self.pool.remove(now, &key);
                 self.sources.remove(&key);
-                self.lows.remove(&key);
                 self.latencies.remove(&key);
             }
             Order::Stats { key, reply } => {
@@ -306,8 +300,7 @@ impl Owner {
         let since = Instant::now();
         match self.pool.checkout(now, &key) {
             Ok(Checkout::Hit { slot, .. }) => {
-                let (left, low) = self.stock(&key);
-                self.quiet.checkout(left, low);
+                self.quiet.checkout(self.is_short(&key));
                 self.hand_out(slot, Waiting { key, since, reply }, true);
             }
             Ok(Checkout::Wait(ticket)) => {
@@ -320,10 +313,8 @@ impl Owner {
         }
     }
 
-    /// Workers of a template that are ready, and how many should be at least.
-    fn stock(&self, key: &TemplateKey) -> (usize, usize) {
-        let ready = self.pool.stats(key).map_or(0, |stats| stats.ready + stats.parked);
-        (ready, self.lows.get(key).copied().unwrap_or_default())
+    fn is_short(&self, key: &TemplateKey) -> bool {
+        self.pool.stock(key).is_some_and(Stock::is_short)
     }
 
     fn hand_out(&mut self, slot: SlotId, waiting: Waiting, hit: bool) {
@@ -390,11 +381,10 @@ impl Owner {
         };
         let (zygote, begun, patience) = (Arc::clone(&self.zygote), self.shells.remove(&slot), self.patience);
         let places = self.places.clone();
-        let (quiet, (left, low)) = (Rc::clone(&self.quiet), self.stock(template));
-        let waited_for = !self.waiting.is_empty();
+        let pause = self.waiting.is_empty().then(|| self.quiet.pause(self.is_short(template)));
         executor::spawn(async move {
-            if !waited_for {
-                quiet.wait(left, low).await;
+            if let Some(pause) = pause {
+                pause.await;
             }
             let result = executor::in_the_background(move || {
                 let shell = match begun {

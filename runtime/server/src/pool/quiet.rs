@@ -4,6 +4,7 @@
 //! May touch: the clock. Must not: know the pool.
 
 use std::cell::Cell;
+use std::rc::Rc;
 use std::time::Duration;
 use tokio::sync::Notify;
 use tokio::time::Instant;
@@ -17,41 +18,45 @@ const MOST: Duration = Duration::from_millis(250);
 #[derive(Debug)]
 pub(super) struct Quiet {
     last: Cell<Instant>,
+    /// How often refills were told not to wait any longer.
+    hurries: Cell<u64>,
     hurry: Notify,
 }
 
 impl Quiet {
     pub(super) fn new() -> Self {
-        Self { last: Cell::new(Instant::now()), hurry: Notify::new() }
+        Self { last: Cell::new(Instant::now()), hurries: Cell::new(0), hurry: Notify::new() }
     }
 
-    /// A worker was handed out; `left` are there still, `low` should be.
-    pub(super) fn checkout(&self, left: usize, low: usize) {
+    /// A worker was handed out; `short`: too few are left.
+    pub(super) fn checkout(&self, short: bool) {
         self.last.set(Instant::now());
-        if is_short(left, low) {
-            self.hurry.notify_waiters();
+        if short {
+            self.hurry();
         }
     }
 
-    /// Somebody waits for a worker.
+    /// Refills that wait are wanted now.
     pub(super) fn hurry(&self) {
+        self.hurries.set(self.hurries.get() + 1);
         self.hurry.notify_waiters();
     }
 
-    /// Returns when a refill may begin that was ordered with so many `left`.
-    pub(super) async fn wait(&self, left: usize, low: usize) {
-        let begun = Instant::now();
-        while let Some(at) = look_again(begun, self.last.get(), Instant::now(), is_short(left, low)) {
-            tokio::select! {
-                () = tokio::time::sleep_until(at) => {}
-                () = self.hurry.notified() => return,
+    /// Ends when a refill may begin that is ordered now; `short`: too few are there. A hurry between this call and the first
+    /// poll counts too.
+    pub(super) fn pause(self: &Rc<Self>, short: bool) -> impl Future<Output = ()> + use<> {
+        let (quiet, begun, hurries) = (Rc::clone(self), Instant::now(), self.hurries.get());
+        async move {
+            while hurries == quiet.hurries.get()
+                && let Some(at) = look_again(begun, quiet.last.get(), Instant::now(), short)
+            {
+                tokio::select! {
+                    () = tokio::time::sleep_until(at) => {}
+                    () = quiet.hurry.notified() => {}
+                }
             }
         }
     }
-}
-
-fn is_short(left: usize, low: usize) -> bool {
-    left * 2 < low
 }
 
 /// When to look again whether a refill may begin; none: it may now. A pool that runs short has it wait for one pause's
@@ -65,6 +70,7 @@ fn look_again(begun: Instant, last_checkout: Instant, now: Instant, short: bool)
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::task::{Context, Waker};
 
     /// How long a refill waits while checkouts come a millisecond apart, so many of them, the first of them its own.
     fn waits(checkouts: u32, short: bool) -> Duration {
@@ -93,6 +99,14 @@ mod tests {
     #[test]
     fn a_refill_of_a_pool_that_runs_short_does_not_wait_for_a_pause() {
         assert_eq!(waits(41, true), PAUSE);
-        assert!(is_short(4, 10) && !is_short(5, 10) && !is_short(0, 0));
+    }
+
+    #[test]
+    fn a_hurry_before_a_refill_first_looks_is_not_lost() {
+        let quiet = Rc::new(Quiet::new());
+        let pause = std::pin::pin!(quiet.pause(false));
+        quiet.hurry();
+        // No timer is there to wait with.
+        assert!(pause.poll(&mut Context::from_waker(Waker::noop())).is_ready());
     }
 }

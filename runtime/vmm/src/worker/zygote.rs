@@ -7,6 +7,7 @@
 use super::client::pair;
 use super::wire::{Request, send};
 use super::{Worker, WorkerError};
+use rustix::net::{Shutdown, shutdown};
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
@@ -31,8 +32,7 @@ pub struct Zygote {
 
 #[derive(Debug)]
 struct Process {
-    /// None when it is to end.
-    control: Option<OwnedFd>,
+    control: OwnedFd,
     child: Child,
     workers: u32,
 }
@@ -41,7 +41,7 @@ impl Drop for Process {
     /// The workers that it was asked for it still makes: it ends when it finds the end of the socket behind them. Those
     /// that are there stay.
     fn drop(&mut self) {
-        drop(self.control.take());
+        let _ = shutdown(&self.control, Shutdown::Write);
         let latest = Instant::now() + MOST_PATIENCE;
         while let Ok(None) = self.child.try_wait() {
             if Instant::now() > latest {
@@ -87,15 +87,14 @@ impl Zygote {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()?;
-        Ok(Process { control: Some(control), child, workers: 0 })
+        Ok(Process { control, child, workers: 0 })
     }
 }
 
 impl Process {
     fn hatch(&mut self) -> io::Result<Worker> {
         let (ours, theirs) = pair()?;
-        let control = self.control.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
-        send(control, &Request::Hatch, &[theirs.as_fd()])?;
+        send(&self.control, &Request::Hatch, &[theirs.as_fd()])?;
         self.workers += 1;
         Ok(Worker::hatched(ours))
     }
