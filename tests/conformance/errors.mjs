@@ -155,13 +155,23 @@ still.forEach((pid) => process.kill(Number(pid), 'SIGCONT'));
 const workers = all();
 assert.ok(workers.length > 0);
 workers.forEach((pid) => process.kill(Number(pid), 'SIGKILL'));
-for (let i = 0; (await call('GET', at)).value.status !== 'lost'; i++) {
-  assert.ok(i < 600);
-  await new Promise((wake) => setTimeout(wake, 50));
-}
+const lost = async (path) => {
+  for (let i = 0; (await call('GET', path)).value.status !== 'lost'; i++) {
+    assert.ok(i < 600);
+    await new Promise((wake) => setTimeout(wake, 50));
+  }
+};
+await lost(at);
 await fails('sandbox_lost', 'POST', `${at}/exec`, exec('true'));
 assert.equal((await call('DELETE', at)).value.status, 'destroyed');
 await fails('sandbox_not_found', 'GET', at);
+
+// A guest that ends itself: why is said.
+const ending = `/v1/runs/${(await call('POST', '/v1/runs', { body: { timeout: 0 } })).value.id}`;
+await fails('sandbox_lost', 'POST', `${ending}/exec`, exec('python3 -c "import ctypes; ctypes.CDLL(None).reboot(0x1234567)"'));
+await lost(ending);
+assert.match((await call('POST', `${ending}/exec`, exec('true'))).value.error, /the guest reset itself/);
+assert.equal((await call('DELETE', ending)).value.status, 'destroyed');
 
 // A log that cannot be written: nothing is done.
 const blocked = mint('blocked');

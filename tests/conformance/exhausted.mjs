@@ -1,12 +1,12 @@
 // The host has no more descriptors, processes or threads to give, or interrupts calls: the API says so, what runs
-// goes on, and all is well again when the host is. Usage: exhausted.mjs canary | files | threads ID | well ID
+// goes on, and all is well again when the host is. Usage: exhausted.mjs canary | files | threads ID | well ID [COUNT]
 import assert from 'node:assert/strict';
 import { execFileSync } from 'node:child_process';
 import { readdirSync, readFileSync } from 'node:fs';
 import { Agent, request } from 'node:http';
 
 const { ISORUN_API_URL: base, ISORUN_API_KEY: key, DAEMON_PID: daemon } = process.env;
-const [step, id] = process.argv.slice(2);
+const [step, id, count = '1'] = process.argv.slice(2);
 // One connection, kept: a new one would need a descriptor.
 const agent = new Agent({ keepAlive: true, maxSockets: 1 });
 const call = (method, path, body) => new Promise((resolve, reject) => {
@@ -69,12 +69,15 @@ if (step === 'canary') {
 }
 if (step !== 'canary') {
   if (step !== 'threads') {
-    const made = await until_made();
-    await works(made);
-    const { status, value } = await call('POST', `/v1/runs/${made}/fork`, { count: 2 });
+    const made = [];
+    while (made.length < Number(count)) {
+      made.push(await until_made());
+      await works(made.at(-1));
+    }
+    const { status, value } = await call('POST', `/v1/runs/${made[0]}/fork`, { count: 2 });
     assert.equal(status, 201, JSON.stringify(value));
     for (const fork of value.forks) await works(fork.id);
-    await destroy([made, ...value.forks.map((fork) => fork.id)]);
+    await destroy([...made, ...value.forks.map((fork) => fork.id)]);
   }
   await works(id);
 }

@@ -68,6 +68,9 @@ pub(super) fn exec_frame(stream: u32, command: &Command, flags: u8) -> Result<Ve
     Ok(frame)
 }
 
+/// Why a conversation is over when the agent's end of it has closed.
+pub const HUNG_UP: &str = "the microVM stopped";
+
 type Pause = (oneshot::Sender<AgentState>, oneshot::Receiver<()>);
 
 /// A connection, and how far it has been read.
@@ -153,7 +156,7 @@ impl Line {
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                 format!("it broke the agent's protocol: {error}")
             }
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => "the microVM stopped".to_owned(),
+            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => HUNG_UP.to_owned(),
             Err(error) => format!("the microVM is gone: {error}"),
         };
         self.shared.end(&why);
@@ -294,7 +297,7 @@ impl Line {
         let (socket, space, seen) = (&self.socket, self.decoder.space(), self.seen);
         let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT;
         let looked = socket.try_io(Interest::READABLE, || {
-            let len = rustix::net::recv(socket, &mut *space, flags)?.0;
+            let len = rustix::io::retry_on_intr(|| rustix::net::recv(socket, &mut *space, flags))?.0;
             // Nothing new: only now does the runtime wait for more.
             if len > 0 && len == seen { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(len) }
         });
@@ -337,11 +340,13 @@ impl Line {
         while len > 0 {
             let space = self.decoder.space();
             let most = space.len().min(len);
-            match rustix::net::recv(&self.socket, &mut space[..most], RecvFlags::DONTWAIT) {
-                Ok((0, _)) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok((taken, _)) => len -= taken,
-                Err(rustix::io::Errno::INTR) => {}
-                Err(e) => return Err(e.into()),
+            let into = &mut space[..most];
+            let taken = rustix::io::retry_on_intr(|| {
+                rustix::net::recv(&self.socket, &mut *into, RecvFlags::DONTWAIT)
+            });
+            match taken?.0 {
+                0 => return Err(io::ErrorKind::UnexpectedEof.into()),
+                taken => len -= taken,
             }
         }
         Ok(())

@@ -15,6 +15,7 @@ mod line;
 mod process;
 mod tape;
 
+pub use line::HUNG_UP;
 pub use process::{Event, Input, Output, Process};
 pub use tape::{Found, Record, Tape};
 

@@ -3,17 +3,17 @@
 use super::sandbox::{Running, Sandbox, Spec, State, Tenant};
 use super::templates::{Shape, Template};
 use super::{Service, ServiceError, Usage, ids};
-use crate::conversation::Conversation;
+use crate::conversation::{Conversation, HUNG_UP};
 use crate::executor;
 use crate::images::{self, Image};
 use crate::pool::{Begun, CheckedOut, Shell, Source};
 use crate::registry::MadeWith;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
-use peregrine_vmm::worker::WorkerError;
+use peregrine_vmm::worker::{Worker, WorkerError};
 use serde_json::json;
 use std::cell::Cell;
-use std::rc::Rc;
+use std::rc::{Rc, Weak};
 use std::time::{Duration, Instant};
 
 /// A guest may take this long to accept its identity: it has nothing else to do.
@@ -244,14 +244,27 @@ impl Service {
                 Err(_) => "it did not take its identity in time".into(),
                 Ok(_) => {
                     // Held no longer than needed: the conversation ends when the sandbox lets go of it.
-                    let ended = conversation.ended();
-                    ended.await.0
+                    let ended = conversation.ended().await;
+                    drop(conversation);
+                    explained(&sandbox, pid, ended.0).await
                 }
             };
             if let (Some(service), Some(sandbox)) = (service.upgrade(), sandbox.upgrade()) {
                 service.lose(&sandbox, pid, &why);
             }
         });
+    }
+}
+
+/// The end of the agent's connection is a symptom: why the microVM stopped is what its owner needs to know.
+async fn explained(sandbox: &Weak<Sandbox>, pid: u32, why: Rc<str>) -> Rc<str> {
+    let running = sandbox.upgrade().and_then(|sandbox| sandbox.running().ok());
+    // What was destroyed, or runs elsewhere by now, is not asked.
+    let Some(running) = running.filter(|running| running.pid == pid && &*why == HUNG_UP) else { return why };
+    match running.with_worker(Worker::why).await {
+        Ok(Some(reason)) => format!("{why}: {reason}").into(),
+        Ok(None) => "its agent has ended".into(),
+        Err(error) => format!("{why}: {error}").into(),
     }
 }
 

@@ -148,18 +148,15 @@ impl GuestBuffers {
     pub fn receive(&self, socket: &impl AsRawFd) -> io::Result<usize> {
         let mut message = self.message();
         // SAFETY: `message` points at `pieces`, live and writable guest memory (invariants 1 and 3).
-        let received = unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) };
-        usize::try_from(received).map_err(|_| io::Error::last_os_error())
+        bytes_moved(|| unsafe { libc::recvmsg(socket.as_raw_fd(), &raw mut message, libc::MSG_DONTWAIT) })
     }
 
     /// Sends the buffers to a socket, never waiting and never raising SIGPIPE.
     pub fn send(&self, socket: &impl AsRawFd) -> io::Result<usize> {
         let message = self.message();
+        let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
         // SAFETY: `message` points at `pieces`, live guest memory the kernel only reads (1 and 3).
-        let sent = unsafe {
-            libc::sendmsg(socket.as_raw_fd(), &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
-        };
-        usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+        bytes_moved(|| unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const message, flags) })
     }
 
     fn piece_count(&self) -> libc::c_int {
@@ -178,16 +175,20 @@ impl GuestBuffers {
 
 /// Sends bytes to a socket, never waiting and never raising SIGPIPE.
 pub fn send_bytes(socket: &impl AsRawFd, bytes: &[u8]) -> io::Result<usize> {
+    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
     // SAFETY: pointer and length are those of one live slice, which the kernel only reads.
-    let sent = unsafe {
-        libc::send(
-            socket.as_raw_fd(),
-            bytes.as_ptr().cast(),
-            bytes.len(),
-            libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL,
-        )
-    };
-    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
+    bytes_moved(|| unsafe { libc::send(socket.as_raw_fd(), bytes.as_ptr().cast(), bytes.len(), flags) })
+}
+
+/// What a call that moves bytes and does not wait has moved. One that was interrupted all the same is made again: its
+/// caller could not wait for anything.
+fn bytes_moved(mut call: impl FnMut() -> libc::ssize_t) -> io::Result<usize> {
+    loop {
+        match usize::try_from(call()).map_err(|_| io::Error::last_os_error()) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            moved => return moved,
+        }
+    }
 }
 
 /// What a stream socket holds to be read, left in it.
@@ -197,25 +198,17 @@ pub fn peek_bytes(socket: &impl AsRawFd) -> io::Result<Vec<u8>> {
     unsafe { libc::ioctl(socket.as_raw_fd(), libc::FIONREAD, &raw mut waiting) };
     // Most often there is nothing, and this is asked while a guest stands still. One byte tells an end from silence.
     let mut bytes = vec![0; usize::try_from(waiting).unwrap_or(0).max(1)];
+    let flags = libc::MSG_DONTWAIT | libc::MSG_PEEK;
+    let (to, len) = (bytes.as_mut_ptr().cast(), bytes.len());
     // SAFETY: pointer and length are those of one live, exclusively borrowed buffer.
-    let count = unsafe {
-        libc::recv(
-            socket.as_raw_fd(),
-            bytes.as_mut_ptr().cast(),
-            bytes.len(),
-            libc::MSG_DONTWAIT | libc::MSG_PEEK,
-        )
-    };
-    match usize::try_from(count) {
+    match bytes_moved(|| unsafe { libc::recv(socket.as_raw_fd(), to, len, flags) }) {
         Ok(count) => {
             bytes.truncate(count);
             bytes.shrink_to_fit();
             Ok(bytes)
         }
-        Err(_) => match io::Error::last_os_error() {
-            error if error.kind() == io::ErrorKind::WouldBlock => Ok(Vec::new()),
-            error => Err(error),
-        },
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(Vec::new()),
+        Err(error) => Err(error),
     }
 }
 

@@ -402,6 +402,18 @@ impl Worker {
             other => Err(refused(other)),
         }
     }
+
+    /// Why its guest, which has closed its agent's connection, has ended; `None` if it has not, a second later. It must be
+    /// given up: a worker of an older build takes the question for its owner's end.
+    ///
+    /// # Errors
+    /// If the worker is gone.
+    pub fn why(&self) -> Result<Option<String>, WorkerError> {
+        match self.ask(&Request::Why, &[])? {
+            Reply::Stopped(reason) => Ok(reason),
+            other => Err(refused(other)),
+        }
+    }
 }
 
 impl Drop for Worker {

@@ -29,6 +29,8 @@ use std::time::{Duration, Instant};
 const NAME: &CStr = c"worker";
 /// How long `Go` waits for the guest's first VM exit: a guest that computes makes none.
 const FIRST_EXIT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long `Why` waits for the reason: a guest that shuts down closes its connections first.
+const REASON_PATIENCE: Duration = Duration::from_secs(1);
 
 /// A guest and what is needed to clone it.
 struct Sandbox {
@@ -171,6 +173,10 @@ fn serve_with(mut control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox
                     exits: sandbox.vm.exits(),
                 };
                 send(&control, &Reply::Stats(stats), &[])
+            }
+            (Request::Why, Some(sandbox)) => {
+                let reason = sandbox.vm.wait(REASON_PATIENCE).map(|reason| reason.to_string());
+                send(&control, &Reply::Stopped(reason), &[])
             }
             (request, _) => send(&control, &Reply::Failed(format!("out of turn: {request:?}")), &[]),
         };

@@ -68,6 +68,8 @@ pub(crate) enum Request {
     },
     /// To a zygote: become two. The new worker's control socket comes with the message.
     Hatch,
+    /// The guest has closed its agent's connection: why has it ended?
+    Why,
 }
 
 /// What the worker answers.
@@ -124,6 +126,8 @@ pub(crate) enum Reply {
         /// Linux's error number.
         errno: i32,
     },
+    /// Why the guest has ended; nothing if it still runs.
+    Stopped(Option<String>),
 }
 
 /// Sends one message.
@@ -149,6 +153,8 @@ pub(crate) fn receive<T: DeserializeOwned>(socket: &OwnedFd) -> io::Result<(T, V
     let received = loop {
         match rustix::net::recvmsg(socket.as_fd(), &mut [IoSliceMut::new(&mut bytes)], &mut control, flags) {
             Err(rustix::io::Errno::INTR) => {}
+            // The other end has gone without reading everything. Linux says so once, before what it had said.
+            Err(rustix::io::Errno::CONNRESET) => {}
             other => break other?,
         }
     };
@@ -162,4 +168,23 @@ pub(crate) fn receive<T: DeserializeOwned>(socket: &OwnedFd) -> io::Result<(T, V
     let fds = fds.flatten().collect();
     let message = postcard::from_bytes(&bytes[..received.bytes]).map_err(io::Error::other)?;
     Ok((message, fds))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::{Reply, Request, receive, send};
+    use crate::worker::client::pair;
+    use std::io::ErrorKind;
+
+    /// A zygote that cannot fork says why and goes, whether it is already asked for more or not.
+    #[test]
+    fn last_words_are_heard_over_what_was_not_read() {
+        let (ours, theirs) = pair().unwrap();
+        send(&ours, &Request::Stats, &[]).unwrap();
+        send(&theirs, &Reply::NoProcess { errno: 11 }, &[]).unwrap();
+        drop(theirs);
+        assert!(matches!(receive(&ours).unwrap().0, Reply::NoProcess { errno: 11 }));
+        assert_eq!(receive::<Reply>(&ours).unwrap_err().kind(), ErrorKind::UnexpectedEof);
+    }
 }

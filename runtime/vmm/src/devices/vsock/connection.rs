@@ -264,7 +264,6 @@ impl Connection {
                     self.note_forwarded(count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(_) => self.note_deaf(),
             }
         }

@@ -406,7 +406,6 @@ fn receive(connection: &mut Connection, buffers: &mut GuestBuffers) -> Option<u3
         // At most MAX_PAYLOAD_BYTES.
         Ok(count) => return Some(count as u32),
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => connection.readable = false,
-        Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
         Err(_) => connection.note_ended(true),
     }
     None
