@@ -1,5 +1,6 @@
 //! The loop: finds or decodes the block at RIP, does its instructions, takes their exceptions.
 
+use crate::book::{Code, CodeBook};
 use crate::cpu::{CODE_PAGE, Cpu, TF};
 use crate::decode;
 use crate::op::Op;
@@ -7,6 +8,7 @@ use crate::ram::{PAGE, Ram};
 use crate::shadow::{PageMap, Touch};
 use crate::stop::{Break, Flow, Stop};
 use crate::tlb::Access;
+use std::sync::Arc;
 
 /// Entries of the small table before the large one.
 const RECENT: usize = 2048;
@@ -20,10 +22,13 @@ struct Block {
     /// Where in RAM its first byte is, and the first byte of its last instruction's second page, if it has one.
     at: usize,
     second: usize,
+    /// Of the engine's own, or [`IN_BOOK`] and of the book's.
     first_op: u32,
     ops: u32,
 }
 
+/// The block's ops are the book's. Neither has as many.
+const IN_BOOK: u32 = 1 << 31;
 /// No second page; also no block, in the table of recent ones.
 const NOWHERE: usize = usize::MAX;
 
@@ -33,6 +38,7 @@ pub struct Engine {
     ops: Vec<Op>,
     blocks: PageMap<Block>,
     recent: Vec<Block>,
+    book: Arc<CodeBook>,
     instructions: u64,
 }
 
@@ -41,11 +47,18 @@ impl Engine {
     /// not run ring 3 yet, or that of one whose ring 0 has been this engine's ever since it did.
     #[must_use]
     pub fn new(ram: Ram) -> Self {
+        Self::with_book(ram, Arc::default())
+    }
+
+    /// The same, with code that is known already.
+    #[must_use]
+    pub fn with_book(ram: Ram, book: Arc<CodeBook>) -> Self {
         Self {
             cpu: Cpu::new(ram),
             ops: Vec::new(),
             blocks: PageMap::default(),
             recent: Vec::new(),
+            book,
             instructions: 0,
         }
     }
@@ -65,6 +78,26 @@ impl Engine {
     #[must_use]
     pub fn instructions(&self) -> u64 {
         self.instructions
+    }
+
+    /// What it has decoded itself, as far as it is still there: for a [`CodeBook`].
+    #[must_use]
+    pub fn code(&mut self) -> Vec<Code> {
+        let mut all = Vec::new();
+        for block in
+            self.blocks.values().filter(|block| block.second == NOWHERE && block.first_op & IN_BOOK == 0)
+        {
+            // Code that has run and is no code any more, as the kernel's own start, is mapped no longer.
+            if self.cpu.translate(block.rip, Access::Fetch).ok() != Some(block.at) {
+                continue;
+            }
+            let ops = &self.ops[block.first_op as usize..(block.first_op + block.ops) as usize];
+            let mut bytes = vec![0; ops.iter().map(|op| usize::from(op.len)).sum()];
+            self.cpu.ram.read(block.at, &mut bytes);
+            all.push(Code { rip: block.rip, bytes });
+        }
+        all.sort_by_key(|code| code.rip);
+        all
     }
 
     /// KVM will run ring 3 with these page tables: from now on their changes are followed. Fills `into` with what
@@ -112,8 +145,12 @@ impl Engine {
 
     fn run_block(&mut self, block: Block) -> Option<Stop> {
         let page = block.rip & !(PAGE as u64 - 1);
-        let Self { cpu, ops, instructions, .. } = self;
-        let ops = &ops[block.first_op as usize..(block.first_op + block.ops) as usize];
+        let Self { cpu, ops, instructions, book, .. } = self;
+        let ops = if block.first_op & IN_BOOK == 0 {
+            &ops[block.first_op as usize..(block.first_op + block.ops) as usize]
+        } else {
+            book.ops(block.first_op & !IN_BOOK, block.ops)
+        };
         cpu.gpr[CODE_PAGE as usize] = page;
         for (index, op) in ops.iter().enumerate() {
             match (op.run)(cpu, op) {
@@ -182,7 +219,12 @@ impl Engine {
             self.recent[slot] = block;
             return Ok(block);
         }
-        let block = self.decode(rip, at)?;
+        let block = if let Some((first_op, ops)) = self.book.find(rip, &self.cpu.ram, at) {
+            self.mark_code(at);
+            Block { rip, at, second: NOWHERE, first_op: first_op | IN_BOOK, ops }
+        } else {
+            self.decode(rip, at)?
+        };
         self.blocks.insert(rip as usize, block);
         self.recent[slot] = block;
         Ok(block)
@@ -218,7 +260,8 @@ impl Engine {
         }
     }
 
-    fn forget_code(&mut self) {
+    /// Forgets what it has decoded; the book stays.
+    pub fn forget_code(&mut self) {
         self.cpu.code_stale = false;
         self.ops.clear();
         self.blocks.clear();

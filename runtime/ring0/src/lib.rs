@@ -12,6 +12,7 @@
 //! |---|---|
 //! | `engine.rs` | the loop: blocks of decoded code, and what ends them |
 //! | `decode.rs`, `op.rs` | from bytes to functions |
+//! | `book.rs` | code decoded ahead, for many engines |
 //! | `cpu.rs` | registers, operands, loads and stores |
 //! | `exec/` | what instructions do |
 //! | `alu.rs` | results and flags |
@@ -20,6 +21,7 @@
 //! | `ram.rs` | the guest's memory; the unsafe code |
 
 mod alu;
+mod book;
 mod cpu;
 mod decode;
 mod engine;
@@ -33,6 +35,7 @@ mod stop;
 mod tests;
 mod tlb;
 
+pub use book::{Code, CodeBook};
 pub use cpu::Cpu;
 pub use engine::Engine;
 pub use ram::Ram;

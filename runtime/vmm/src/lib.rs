@@ -13,6 +13,7 @@ pub mod arch;
 pub mod assist;
 mod assist_state;
 pub mod bulk;
+mod code_book;
 pub mod console;
 pub mod devices;
 pub mod doorbell;

@@ -16,6 +16,7 @@
 
 use crate::assist::{self, Exception};
 use crate::assist_state::VcpuState;
+use crate::code_book;
 use crate::memory::GuestMemory;
 use crate::sys::kick;
 use crate::vcpu::{Next, Vcpu};
@@ -25,7 +26,7 @@ use kvm_bindings::{
     kvm_msr_entry, kvm_regs, kvm_sregs,
 };
 use kvm_ioctls::SyncReg;
-use peregrine_ring0::{Engine, Ram, Stop, Touch};
+use peregrine_ring0::{Code, Engine, Ram, Stop, Touch};
 use std::io;
 use std::sync::Arc;
 
@@ -126,6 +127,9 @@ impl Vcpu {
         }
         if let Err(e) = self.know_star(ring0) {
             return lost(e);
+        }
+        if self.shared.code_afresh() {
+            ring0.engine.forget_code();
         }
         // KVM has run ring 3 with these tables.
         ring0.engine.enter_ring3(&mut ring0.touches);
@@ -403,7 +407,7 @@ impl Ring0 {
 
     /// An engine that has seen nothing; KVM has `kernel_gs` in IA32_KERNEL_GS_BASE.
     pub(crate) fn new(ram: Ram, kernel_gs: u64) -> Self {
-        let mut engine = Engine::new(ram);
+        let mut engine = Engine::with_book(ram, code_book::book());
         engine.cpu_mut().kernel_gs = kernel_gs;
         Self {
             engine,
@@ -415,6 +419,11 @@ impl Ring0 {
             counted: 0,
             looks: 0,
         }
+    }
+
+    /// What it has decoded.
+    pub(crate) fn code(&mut self) -> Vec<Code> {
+        self.engine.code()
     }
 
     /// The bytes at RIP, as far as they are mapped.

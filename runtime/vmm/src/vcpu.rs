@@ -222,8 +222,13 @@ impl Vcpu {
 
     /// Stands at the gate, its state taken, until the gate opens.
     fn pause(&mut self) {
-        let Self { fd, xsave, msrs, shared, .. } = self;
-        shared.park(self.index, || VcpuSnapshot::capture(fd, xsave, msrs));
+        let Self { fd, xsave, msrs, shared, ring0, .. } = self;
+        shared.park(self.index, || {
+            if let Some(ring0) = ring0 {
+                shared.leave_code(|| ring0.code());
+            }
+            VcpuSnapshot::capture(fd, xsave, msrs)
+        });
         // The guest's watchdogs must not take the pause for a hang. It fails only for guests without
         // kvm-clock.
         let _ = self.fd.kvmclock_ctrl();

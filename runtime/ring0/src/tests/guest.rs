@@ -8,6 +8,7 @@
 //!
 //! All of RAM is mapped at [`DIRECT`], where Linux has it.
 
+use crate::book::CodeBook;
 use crate::cpu::FIXED;
 use crate::engine::Engine;
 use crate::paging::{ACCESSED, DIRTY, LARGE, PRESENT, USER, WRITABLE};
@@ -62,9 +63,14 @@ pub(super) struct Guest {
 
 impl Guest {
     pub(super) fn new() -> Self {
+        Self::with_book(Arc::default())
+    }
+
+    /// One whose engine has a book.
+    pub(super) fn with_book(book: Arc<CodeBook>) -> Self {
         let ranges = [(GuestAddress(0), RAM_BYTES as usize)];
         let memory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).unwrap());
-        let engine = Engine::new(Ram::new(Arc::clone(&memory)));
+        let engine = Engine::with_book(Ram::new(Arc::clone(&memory)), book);
         let mut guest = Self { engine, memory, next_table: ROOT + 0x1000, next_page: FREE };
         for at in (0..RAM_BYTES).step_by(2 << 20) {
             guest.map_at(DIRECT + at, at | PRESENT | WRITABLE | LARGE | ACCESSED | DIRTY, 2);

@@ -15,11 +15,12 @@ use crate::executor;
 use crate::places::Places;
 use measure::Latencies;
 use peregrine_vmm::DiskConfig;
-use peregrine_vmm::worker::{WorkerError, Zygote};
+use peregrine_vmm::worker::{Worker, WorkerError, Zygote};
 use prewarm::{Action, Cause, Checkout, Depth, Limits, Policy, SlotId, Stock, Ticket};
 use quiet::Quiet;
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -102,6 +103,7 @@ enum Order {
     Destroyed { slot: SlotId },
     Mended { template: TemplateKey, result: Result<(), String> },
     Drain { done: oneshot::Sender<()> },
+    Bury { worker: Arc<Held<Worker>> },
 }
 
 /// The pool; clones are of the same one.
@@ -129,6 +131,7 @@ impl Pool {
     ) -> Result<Self, PoolError> {
         let pool = prewarm::Pool::new(limits)?;
         let (orders, receiver) = mpsc::unbounded_channel();
+        let (burials, dead) = mpsc::unbounded_channel();
         let owner = Owner {
             pool,
             zygote,
@@ -139,11 +142,13 @@ impl Pool {
             shells: HashMap::new(),
             waiting: HashMap::new(),
             quiet: Rc::new(Quiet::new()),
+            burials,
             latencies: HashMap::new(),
             orders: orders.downgrade(),
             drained: None,
         };
         executor::spawn(owner.serve(receiver));
+        executor::spawn(bury(dead));
         Ok(Self { orders })
     }
 
@@ -172,6 +177,12 @@ impl Pool {
         answer.await.map_err(|_| PoolError::Closed)?
     }
 
+    /// Ends a worker, whose guest stands still, in a pause between checkouts.
+    pub fn bury(&self, worker: Arc<Held<Worker>>) {
+        // After the pool's end, it ends at once.
+        let _ = self.order(Order::Bury { worker });
+    }
+
     /// How it goes with a template; `None` for one that was never added.
     pub async fn stats(&self, key: TemplateKey) -> Option<PoolStats> {
         let (reply, answer) = oneshot::channel();
@@ -198,6 +209,19 @@ struct Waiting {
     reply: oneshot::Sender<Result<CheckedOut, PoolError>>,
 }
 
+/// When a worker may be ended, and it.
+type Burial = (Pin<Box<dyn Future<Output = ()>>>, Arc<Held<Worker>>);
+
+/// Ends workers, one after the other: all at once they would be in the way of the next create.
+async fn bury(mut dead: mpsc::UnboundedReceiver<Burial>) {
+    while let Some((pause, worker)) = dead.recv().await {
+        pause.await;
+        // Somebody who still asks it something ends it.
+        let end = move || drop(Arc::into_inner(worker).and_then(Held::into_inner));
+        executor::in_the_background(end).await;
+    }
+}
+
 struct Owner {
     pool: prewarm::Pool<TemplateKey>,
     zygote: Arc<Zygote>,
@@ -209,6 +233,7 @@ struct Owner {
     waiting: HashMap<Ticket, Waiting>,
     /// When builds begin that nobody waits for.
     quiet: Rc<Quiet>,
+    burials: mpsc::UnboundedSender<Burial>,
     latencies: HashMap<TemplateKey, Latencies>,
     /// Weak: the pool ends when nobody can ask it for anything.
     orders: mpsc::WeakUnboundedSender<Order>,
@@ -283,6 +308,9 @@ impl Owner {
                     tracing::error!(%template, why, "a template cannot be made again");
                 }
                 self.pool.rebuilt(now, &template, result.map_err(Cause::Template));
+            }
+            Order::Bury { worker } => {
+                let _ = self.burials.send((Box::pin(self.quiet.pause(false)), worker));
             }
             Order::Drain { done } => {
                 self.pool.drain(now);

@@ -37,11 +37,10 @@ impl Service {
         if let State::Hibernated(dir) = &before {
             remove_dir(dir.clone());
         }
-        if let State::Running(running) = &before {
+        if let State::Running(running) = before {
             running.conversation.end("it was destroyed");
+            running.end(&self.pool);
         }
-        // The worker goes with its last holder, on a thread that may wait for it.
-        drop(before);
         let row = self.row(&sandbox);
         self.registry.put_run(&row)?;
         Ok(Destroyed { row })

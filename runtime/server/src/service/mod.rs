@@ -158,7 +158,7 @@ impl Service {
         let service = Rc::new(Self {
             pool: Pool::start(limits, Arc::clone(&zygote), config.limits.patience(), places.clone())?,
             places,
-            templates: Templates::new(artefacts, program),
+            templates: Templates::new(artefacts, program, Arc::clone(&zygote)),
             zygote,
             registry: Registry::open(&state.join("registry.db"))?,
             journal: Journal::open(&state.join("audit")).map_err(failed)?,

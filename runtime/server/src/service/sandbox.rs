@@ -14,7 +14,7 @@ use super::ServiceError;
 use super::meter::{Meter, Usage};
 use super::templates::Shape;
 use crate::conversation::Conversation;
-use crate::pool::Held;
+use crate::pool::{Held, Pool};
 use crate::registry::{MadeWith, RunRow};
 use jiff::Timestamp;
 use peregrine_vmm::worker::{Rendezvous, Worker, WorkerError};
@@ -62,6 +62,14 @@ impl Running {
     /// Its rendezvous, as the registry keeps it: a name in the directory of all.
     fn place(&self) -> Option<String> {
         Some(self.rendezvous.path().file_name()?.to_str()?.to_owned())
+    }
+
+    /// The guest stands still from now on; its process goes when it is in nobody's way.
+    pub(super) fn end(self, pool: &Pool) {
+        if let Some(worker) = self.worker.get() {
+            worker.halt();
+        }
+        pool.bury(self.worker);
     }
 
     /// Has the worker do something that blocks.

@@ -6,12 +6,14 @@ use crate::executor;
 use crate::images::Image;
 use crate::pool::{Mender, Pool, Source, TemplateKey};
 use crate::template::maker::{Made, Maker};
+use peregrine_vmm::worker::Zygote;
 use peregrine_vmm::{DiskConfig, VmConfig};
 use prewarm::Policy;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::OnceCell;
 
@@ -53,15 +55,17 @@ pub(super) struct Template {
 pub(super) struct Templates {
     artefacts: Artefacts,
     maker: Maker,
+    /// Its workers restore them.
+    zygote: Arc<Zygote>,
     made: RefCell<HashMap<Content, Rc<OnceCell<Rc<Template>>>>>,
 }
 
 impl Templates {
     /// None yet; `program` makes them.
     #[must_use]
-    pub(super) fn new(artefacts: Artefacts, program: &Path) -> Self {
+    pub(super) fn new(artefacts: Artefacts, program: &Path, zygote: Arc<Zygote>) -> Self {
         let maker = Maker::new(program, &artefacts.store);
-        Self { artefacts, maker, made: RefCell::default() }
+        Self { artefacts, maker, zygote, made: RefCell::default() }
     }
 
     /// The files that every guest starts from.
@@ -109,8 +113,9 @@ impl Templates {
         };
         let (mended, maker) = (config.clone(), self.maker.clone());
         let mender = Mender::new(move || maker.mend(&mended).map(drop).map_err(|error| error.to_string()));
-        let maker = self.maker.clone();
-        let Made { key, dir } = executor::blocking(move || maker.prepare(&config)).await?;
+        let (maker, zygote) = (self.maker.clone(), Arc::clone(&self.zygote));
+        let prepare = move || maker.prepare(&config).inspect(|made| zygote.learn(&made.dir));
+        let Made { key, dir } = executor::blocking(prepare).await?;
         let source = Source { dir, disks, mender: Some(mender) };
         Ok(Rc::new(Template { key: key.into(), source }))
     }

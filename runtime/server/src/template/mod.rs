@@ -38,7 +38,7 @@ const IDLE_PATIENCE: Duration = Duration::from_secs(3);
 /// How long a guest at rest may take to its freeze point.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Bumped when the way templates are made changes.
-const RECIPE: &str = "7";
+const RECIPE: &str = "8";
 
 /// Why there is no template.
 #[derive(Debug, thiserror::Error)]

@@ -4,6 +4,7 @@ use super::MicroVm;
 use super::shared::Shared;
 use crate::VmmError;
 use crate::agent::{Agent, AgentError};
+use crate::code_book;
 use crate::devices::mmio::State as DeviceState;
 use crate::event_loop;
 use crate::memory::GuestMemory;
@@ -73,6 +74,7 @@ impl MicroVm {
     /// What could not be captured or written. The microVM is gone either way.
     pub fn freeze(self, agent: &Agent, memory: &File, dir: &Path) -> Result<(), VmmError> {
         let paused = self.pause()?;
+        let code = self.shared.take_code();
         let conversation = agent.state().map_err(|e| VmmError::Agent(e.to_string()))?;
         let machine = paused.capture(conversation)?;
         // Before the gate opens: not one more instruction may change the memory.
@@ -85,6 +87,9 @@ impl MicroVm {
         let digest = digest_memory(memory).map_err(SnapshotError::io(&image))?;
         let tsc_khz = machine.vcpus.first().map_or(0, VcpuSnapshot::tsc_khz);
         let compat = Compat { tsc_khz, vcpus, mem_mib, disks_bytes, memory: digest, ..Compat::host() };
+        if !code.is_empty() {
+            code_book::write(dir, code)?;
+        }
         Ok(Snapshot { compat, machine }.write_state(dir)?)
     }
 }

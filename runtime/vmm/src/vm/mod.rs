@@ -148,13 +148,16 @@ impl MicroVm {
     }
 
     /// As [`MicroVm::boot`], with `image` as its memory: what the guest writes is in that file, ready to be a
-    /// template's.
+    /// template's. Where ring 0 is the VMM's, what its kernel runs from the agent's first word on will be listed there too: the
+    /// process that clones are forked from decodes it once for all.
     ///
     /// # Errors
     /// As [`MicroVm::boot`].
     pub fn boot_into(checked: CheckedConfig, image: &Arc<File>) -> Result<Self, VmmError> {
         let mem = memory::map_shared(checked.mem_mib(), image)?;
-        Self::boot_in(checked, mem)
+        let microvm = Self::boot_in(checked, mem)?;
+        microvm.shared.want_code();
+        Ok(microvm)
     }
 
     fn boot_in(checked: CheckedConfig, mem: GuestMemory) -> Result<Self, VmmError> {
@@ -386,6 +389,7 @@ impl MicroVm {
     /// [`AgentError::Closed`] if the guest stopped first, [`AgentError::Timeout`] after `timeout`.
     pub fn connect_agent(&self, timeout: Duration) -> Result<(Agent, Boot), AgentError> {
         let (mut agent, boot) = self.greet_agent(timeout)?;
+        self.shared.want_code_from_here();
         agent.adopt(&Identity::fresh().map_err(AgentError::Io)?)?;
         Ok((agent, boot))
     }
@@ -426,6 +430,11 @@ impl MicroVm {
     /// [`VmmError::OutOfRange`] if there are too many at once.
     pub fn attach_bulk(&self, number: u64, socket: UnixStream) -> Result<(), VmmError> {
         self.shared.bulk.attach(number, socket)
+    }
+
+    /// The guest runs no further instruction, very soon; it is still all there.
+    pub(crate) fn hold(&self) {
+        self.shared.hold();
     }
 
     /// Ends the guest. The reason given first stays.

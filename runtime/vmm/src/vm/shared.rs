@@ -10,6 +10,7 @@ use crate::priority;
 use crate::profile::Samples;
 use crate::sys::kick::Kick;
 use crate::vcpu_state::VcpuSnapshot;
+use peregrine_ring0::Code;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -103,6 +104,9 @@ pub(crate) struct Shared {
     sampling: AtomicBool,
     pub(super) samples: Mutex<Samples>,
     pub(crate) bulk: bulk::Streams,
+    /// Code that the first vCPU's engine has decoded, once that was asked for.
+    code: Mutex<Option<Vec<Code>>>,
+    code_afresh: AtomicBool,
     pub(super) on_stop: Mutex<Option<Box<dyn FnOnce() + Send>>>,
 }
 
@@ -133,6 +137,8 @@ impl Shared {
             sampling: AtomicBool::new(false),
             samples: Mutex::new(Samples::default()),
             bulk: bulk::Streams::default(),
+            code: Mutex::new(None),
+            code_afresh: AtomicBool::new(false),
             on_stop: Mutex::new(None),
         }
     }
@@ -191,6 +197,42 @@ impl Shared {
             }
             gate = self.gate_moved.wait(gate).unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// vCPUs come to the gate and stay there; nobody wants their states.
+    pub(super) fn hold(&self) {
+        {
+            let _gate = lock(&self.gate);
+            self.closed.store(true, Ordering::Release);
+        }
+        self.kick_all();
+    }
+
+    /// The first vCPU is to leave the code that it knows, when it leaves its state.
+    pub(super) fn want_code(&self) {
+        lock(&self.code).get_or_insert_default();
+    }
+
+    /// What it has met up to here is not wanted.
+    pub(super) fn want_code_from_here(&self) {
+        self.code_afresh.store(lock(&self.code).is_some(), Ordering::Relaxed);
+    }
+
+    /// Whether code that is known already is to be met again, for once.
+    pub(crate) fn code_afresh(&self) -> bool {
+        self.code_afresh.load(Ordering::Relaxed) && self.code_afresh.swap(false, Ordering::Relaxed)
+    }
+
+    /// That code, if it is wanted.
+    pub(crate) fn leave_code(&self, code: impl FnOnce() -> Vec<Code>) {
+        if let Some(left) = &mut *lock(&self.code) {
+            *left = code();
+        }
+    }
+
+    /// What was left.
+    pub(super) fn take_code(&self) -> Vec<Code> {
+        lock(&self.code).take().unwrap_or_default()
     }
 
     /// The guest will be asked to freeze.

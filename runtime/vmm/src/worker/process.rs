@@ -5,6 +5,7 @@ use super::{WorkerStats, monotonic_ns, rendezvous};
 use crate::VmmError;
 use crate::agent::AGENT_PORT;
 use crate::assist::HostCpu;
+use crate::code_book;
 use crate::devices::Disk;
 use crate::devices::mmio::State;
 use crate::event_loop::ring::peek_bytes;
@@ -68,7 +69,11 @@ pub fn serve_zygote(control: OwnedFd) -> ! {
     if let Ok(kvm) = open_kvm() {
         let _ = crate::vcpu::supported_cpuid(&kvm);
     }
-    while let Ok((Request::Hatch, mut fds)) = receive::<Request>(&control) {
+    while let Ok((request, mut fds)) = receive::<Request>(&control) {
+        if let Request::Learn { dir } = request {
+            // What cannot be read is not known; the guests find it out for themselves.
+            let _ = code_book::learn(&dir);
+        }
         let Some(theirs) = fds.pop() else { continue };
         match fork() {
             Ok(Forked::Child) => {
@@ -92,8 +97,8 @@ pub fn serve_zygote(control: OwnedFd) -> ! {
 /// and KVM's answer takes a third of a millisecond. If there is no KVM, the first request says so.
 fn get_ready() {
     ignore_children();
-    // Guests are made, and run, as everybody else.
-    let _ = priority::equal();
+    // Guests are made, and run, when nobody is about to answer somebody.
+    let _ = priority::guest();
     let _ = (Compat::host(), HostCpu::this());
 }
 
@@ -121,6 +126,11 @@ fn serve_with(mut control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox
         let decoded_ns = monotonic_ns();
         let answered = match (request, &mut sandbox) {
             (Request::End, _) => exit_now(0),
+            (Request::Halt, Some(sandbox)) => {
+                sandbox.vm.hold();
+                sandbox.rendezvous = None;
+                Ok(())
+            }
             (Request::Prepare { dir, disks }, slot @ None) => {
                 match prepare(&mut shell, &dir, &disks, decoded_ns) {
                     Ok((prepared, reply, connection)) => {
@@ -378,7 +388,7 @@ fn become_children(
     let keep: Vec<_> = disks.chain([sandbox.base.as_raw_fd(), mine.as_raw_fd()]).collect();
     // What else is open belongs to the parent's microVM, which is leaked here: this function never returns.
     close_all_but(&keep);
-    let _ = priority::equal();
+    let _ = priority::guest();
     match rebuild(mem, sandbox, &machine) {
         Ok((sandbox, reply, connection)) => {
             let _ = send(&mine, &reply, &[connection.as_fd()]);

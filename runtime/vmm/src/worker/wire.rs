@@ -70,6 +70,13 @@ pub(crate) enum Request {
     Hatch,
     /// The guest has closed its agent's connection: why has it ended?
     Why,
+    /// The guest runs no more, and will be ended; its owner has no successor. Not answered.
+    Halt,
+    /// To a zygote: know the code that the snapshot in this directory lists.
+    Learn {
+        /// The snapshot's directory.
+        dir: PathBuf,
+    },
 }
 
 /// What the worker answers.
@@ -132,6 +139,16 @@ pub(crate) enum Reply {
 
 /// Sends one message.
 pub(crate) fn send(socket: &OwnedFd, message: &impl Serialize, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    send_with(socket, message, fds, SendFlags::empty())
+}
+
+/// The same, with these flags.
+pub(super) fn send_with(
+    socket: &OwnedFd,
+    message: &impl Serialize,
+    fds: &[BorrowedFd<'_>],
+    flags: SendFlags,
+) -> io::Result<()> {
     let bytes = postcard::to_stdvec(message).map_err(io::Error::other)?;
     let mut space = vec![MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MOST_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -139,7 +156,7 @@ pub(crate) fn send(socket: &OwnedFd, message: &impl Serialize, fds: &[BorrowedFd
         return Err(io::Error::other("too many descriptors"));
     }
     let sent = rustix::io::retry_on_intr(|| {
-        rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL)
+        rustix::net::sendmsg(socket, &[IoSlice::new(&bytes)], &mut control, flags | SendFlags::NOSIGNAL)
     })?;
     if sent == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
 }

@@ -8,17 +8,20 @@ use super::client::pair;
 use super::wire::{Request, send};
 use super::{Worker, WorkerError};
 use rustix::net::{Shutdown, shutdown};
+use std::collections::VecDeque;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::process::CommandExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How many workers have the same address space layout.
 const MOST_WORKERS: u32 = 256;
+/// Templates that are learned from, the latest: their kernels are mostly the same.
+const MOST_TEMPLATES: usize = 16;
 /// A zygote that is replaced and has not ended by then is killed.
 const MOST_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -28,6 +31,8 @@ pub struct Zygote {
     program: PathBuf,
     arguments: Vec<OsString>,
     process: Mutex<Option<Process>>,
+    /// Templates that each process of it learns from.
+    templates: Mutex<VecDeque<PathBuf>>,
 }
 
 #[derive(Debug)]
@@ -58,7 +63,23 @@ impl Zygote {
     /// `program` with `arguments` must call [`super::serve_zygote`] with its standard input.
     #[must_use]
     pub fn new(program: PathBuf, arguments: Vec<OsString>) -> Self {
-        Self { program, arguments, process: Mutex::new(None) }
+        Self { program, arguments, process: Mutex::default(), templates: Mutex::default() }
+    }
+
+    /// Clones of the template in `dir` will be made: what their kernel's code does, workers know from the start.
+    pub fn learn(&self, dir: &Path) {
+        {
+            let mut templates = self.templates.lock().unwrap_or_else(PoisonError::into_inner);
+            if templates.iter().any(|known| known == dir) {
+                return;
+            }
+            templates.truncate(MOST_TEMPLATES - 1);
+            templates.push_front(dir.to_owned());
+        }
+        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(process) = &*process {
+            process.learn(dir);
+        }
     }
 
     /// A new worker. That there is none after all is seen at its first answer.
@@ -87,11 +108,19 @@ impl Zygote {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .spawn()?;
-        Ok(Process { control, child, workers: 0 })
+        let process = Process { control, child, workers: 0 };
+        let templates = self.templates.lock().unwrap_or_else(PoisonError::into_inner);
+        templates.iter().for_each(|dir| process.learn(dir));
+        Ok(process)
     }
 }
 
 impl Process {
+    /// One that is gone learns nothing more.
+    fn learn(&self, dir: &Path) {
+        let _ = send(&self.control, &Request::Learn { dir: dir.to_owned() }, &[]);
+    }
+
     fn hatch(&mut self) -> io::Result<Worker> {
         let (ours, theirs) = pair()?;
         send(&self.control, &Request::Hatch, &[theirs.as_fd()])?;

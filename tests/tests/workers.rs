@@ -1,0 +1,111 @@
+//! Workers: one that is to end stands still until it does; one that is forked from a zygote knows what that has learned.
+#![allow(clippy::unwrap_used)]
+
+use peregrine_vmm::arch::cmdline::gives_ring0;
+use peregrine_vmm::host::KvmKind;
+use peregrine_vmm::worker::{Going, Zygote};
+use std::fs;
+use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
+use tests::daemon::Daemon;
+use tests::sandbox::{go, parked, sh, turn};
+use tests::{config, kvm_or_skip, peregrine};
+
+const LOOK: Duration = Duration::from_millis(20);
+/// Far longer than anything here takes.
+const PATIENCE_LOOKS: u32 = 3_000;
+
+/// Looks until it is so.
+fn becomes(what: &str, mut so: impl FnMut() -> bool) {
+    assert!(
+        (0..PATIENCE_LOOKS).any(|_| so() || {
+            sleep(LOOK);
+            false
+        }),
+        "{what}"
+    );
+}
+
+/// Processor time that a process has used, in clock ticks.
+fn ticks(pid: u32) -> u64 {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields: Vec<_> = stat.rsplit_once(')').unwrap().1.split_whitespace().collect();
+    fields[11..13].iter().map(|field| field.parse::<u64>().unwrap()).sum()
+}
+
+#[test]
+fn a_guest_that_was_halted_computes_no_more_and_goes_with_its_owner() {
+    if !kvm_or_skip("a_guest_that_was_halted_computes_no_more_and_goes_with_its_owner") {
+        return;
+    }
+    let (_turn, dir) = turn();
+    let parked = parked(&dir);
+    let pid = parked.pid();
+    let Going { worker, mut agent, .. } = go(parked);
+    sh(&mut agent, "while :; do :; done >/dev/null 2>&1 &");
+    let before = ticks(pid);
+    becomes("it computes", || ticks(pid) > before + 20);
+    worker.halt();
+    let mut last = ticks(pid);
+    let mut still = 0;
+    becomes("it stands still", || {
+        still = if ticks(pid) == last { still + 1 } else { 0 };
+        last = ticks(pid);
+        still > 10
+    });
+    drop(worker);
+    assert!(!Path::new(&format!("/proc/{pid}")).exists());
+}
+
+#[test]
+fn what_was_destroyed_is_gone_though_the_daemon_dies_with_the_word() {
+    if !kvm_or_skip("what_was_destroyed_is_gone_though_the_daemon_dies_with_the_word") {
+        return;
+    }
+    // Whoever was not destroyed would wait so long for the next daemon.
+    let daemon = Daemon::start("[defaults]\nimage = \"default\"\nmem_mib = 128\n[limits]\norphan_s = 120\n");
+    let output = daemon.node("bury.mjs", &[]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    becomes("all workers are gone", || daemon.workers().is_empty());
+}
+
+/// Memory of its own that the zygote among this process's children has, in KiB.
+fn zygote_kib() -> u64 {
+    let mine = std::process::id().to_string();
+    let status = |pid: &str| fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let field = |status: &str, name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+        line.split_whitespace().next().map(str::to_owned)
+    };
+    let all = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let found = all.map(|pid| status(&pid)).find(|status| {
+        field(status, "Name:").as_deref() == Some("zygote")
+            && field(status, "PPid:").as_deref() == Some(&*mine)
+    });
+    found.and_then(|status| field(&status, "RssAnon:")?.parse().ok()).unwrap_or(0)
+}
+
+#[test]
+fn a_worker_whose_zygote_has_learned_does_what_others_do() {
+    if !kvm_or_skip("a_worker_whose_zygote_has_learned_does_what_others_do") {
+        return;
+    }
+    let (_turn, dir) = turn();
+    let zygote = Zygote::new(peregrine().to_owned(), vec!["zygote".into()]);
+    let worker = zygote.worker().unwrap();
+    assert!(worker.stats().is_err(), "it has no guest, and its zygote is there");
+    let before = zygote_kib();
+    // What cannot be read and what is no list is nothing.
+    let wrong = tempfile::tempdir().unwrap();
+    fs::write(wrong.path().join("code"), [0xff; 100]).unwrap();
+    zygote.learn(wrong.path());
+    zygote.learn(Path::new("/nowhere"));
+    zygote.learn(&dir);
+    if gives_ring0(KvmKind::detect(), 1, "") {
+        becomes("the zygote knows a kernel's code", || zygote_kib() > before + 1024);
+    }
+    let parked = zygote.worker().unwrap().prepare(&dir, &config(1, 128).disks).unwrap();
+    let mut going = go(parked);
+    assert_eq!(sh(&mut going.agent, "echo $((6 * 7)); cat /proc/sys/kernel/hostname | wc -l"), "42\n1");
+}
