@@ -1,8 +1,8 @@
 //! Clones of a template: what every suite of sandboxes stands on, and the suites `create` (pool hit and miss),
 //! `destroy` and `exec`.
 //!
-//! Each sandbox is a worker process of its own, as in production; this binary is the worker too
-//! ([`become_worker_if_asked`]).
+//! Each sandbox is a worker process of its own, forked from a zygote that has learned the template, as in production; this
+//! binary is the zygote too ([`become_worker_if_asked`]).
 
 use crate::boot::{TIMEOUT, config};
 use crate::record::{Axis, Promise, Recorder, Unit};
@@ -11,26 +11,26 @@ use peregrine::template;
 use peregrine_image::Lines;
 use peregrine_vmm::DiskConfig;
 use peregrine_vmm::agent::{Agent, Command, Identity};
-use peregrine_vmm::worker::{Going, Parked, Worker, monotonic_ns, serve};
+use peregrine_vmm::worker::{Going, Parked, Worker, Zygote, monotonic_ns, serve_zygote};
 use std::error::Error;
 use std::ffi::OsStr;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-const WORKER: &str = "worker";
+const ZYGOTE: &str = "zygote";
 /// How long a clone of the pool-hit row has been parked: long enough to have come to its mailbox.
 const PARKED: Duration = Duration::from_millis(100);
 
 /// Why a suite ended early.
 pub type Failure = Box<dyn Error>;
 
-/// The first thing in `main`: with the argument `worker` this process is one, and does not return.
+/// The first thing in `main`: with the argument `zygote` this process is one, and does not return.
 pub fn become_worker_if_asked() {
-    if std::env::args_os().nth(1).as_deref() == Some(OsStr::new(WORKER))
+    if std::env::args_os().nth(1).as_deref() == Some(OsStr::new(ZYGOTE))
         && let Ok(control) = std::io::stdin().as_fd().try_clone_to_owned()
     {
-        serve(control)
+        serve_zygote(control)
     }
 }
 
@@ -39,7 +39,7 @@ pub fn become_worker_if_asked() {
 pub struct Template {
     dir: PathBuf,
     disks: Vec<DiskConfig>,
-    program: PathBuf,
+    zygote: Zygote,
 }
 
 impl Template {
@@ -50,15 +50,19 @@ impl Template {
     pub fn prepare(artefacts: &Artefacts, mem_mib: u64) -> Result<Self, Failure> {
         let config = config(artefacts, mem_mib);
         let stored = template::prepare(&artefacts.store, &config, &mut Lines::new(std::io::stderr()))?;
-        Ok(Self { dir: stored.dir, disks: config.disks, program: std::env::current_exe()? })
+        let zygote = Zygote::new(std::env::current_exe()?, vec![ZYGOTE.into()]);
+        zygote.learn(&stored.dir);
+        // Its process is there before anything is measured.
+        drop(zygote.worker()?);
+        Ok(Self { dir: stored.dir, disks: config.disks, zygote })
     }
 
     /// An empty worker process.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// If it cannot be made.
     pub fn worker(&self) -> Result<Worker, Failure> {
-        Ok(Worker::spawn(&self.program, &[OsStr::new(WORKER)])?)
+        Ok(self.zygote.worker()?)
     }
 
     /// A clone that stands still.

@@ -38,9 +38,9 @@ const MISSES: &[(&str, &str, &str)] = &[
     ),
     (
         "create over HTTP",
-        "two cores are shared by the client, the daemon, the guest that takes its identity (6 to 8 ms), the worker that is made \
-         in its place (4 ms) and the one that ends (2 ms). Traces show a daemon or client that is due wait for a \
-         processor that a vCPU has: up to the host's next tick (4 ms), twice where both are unlucky",
+        "two cores are shared by the client, the daemon, and the guest that takes its identity (4 ms); workers are made and end in \
+         pauses. Traces show a client that is due wait for a processor that a vCPU has while the other one idles, and both idle \
+         while somebody is due: up to the host's next tick (4 ms)",
         "a third core; a host whose scheduler looks more often than each 4 ms",
     ),
     (
