@@ -81,9 +81,9 @@ const MISSES: &[(&str, &str, &str)] = &[
     ),
     (
         "memory per idle clone",
-        "about 1 MiB is the kernel's for an idle VM, half a MiB has come with the engine that runs ring 0; the rest is what a \
-         clone writes when it takes its identity, and its process",
-        "decoded code that clones share, or that an idle clone gives back; a smaller worker",
+        "about 1 MiB is the kernel's for an idle VM; the rest is what a clone writes when it takes its identity, and its \
+         process",
+        "fewer pages written on the way to the first command; a smaller worker",
     ),
     (
         "sustained create + destroy",

@@ -64,18 +64,6 @@ impl CodeBook {
         }
     }
 
-    /// How many pieces of code it has.
-    #[must_use]
-    pub fn len(&self) -> usize {
-        self.entries.len()
-    }
-
-    /// Whether it has none.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.entries.is_empty()
-    }
-
     /// The first op and the number of ops of what lies at `rip`, which is this place in RAM.
     pub(crate) fn find(&self, rip: u64, ram: &Ram, at: usize) -> Option<(u32, u32)> {
         let entry = self.entries.get(&(rip as usize))?;

@@ -212,13 +212,16 @@ struct Waiting {
 /// When a worker may be ended, and it.
 type Burial = (Pin<Box<dyn Future<Output = ()>>>, Arc<Held<Worker>>);
 
+/// The next worker waits so long for the end of the one before, which may hang in the host's kernel.
+const MOST_OF_A_BURIAL: Duration = Duration::from_secs(1);
+
 /// Ends workers, one after the other: all at once they would be in the way of the next create.
 async fn bury(mut dead: mpsc::UnboundedReceiver<Burial>) {
     while let Some((pause, worker)) = dead.recv().await {
         pause.await;
         // Somebody who still asks it something ends it.
         let end = move || drop(Arc::into_inner(worker).and_then(Held::into_inner));
-        executor::in_the_background(end).await;
+        let _ = tokio::time::timeout(MOST_OF_A_BURIAL, executor::in_the_background(end)).await;
     }
 }
 

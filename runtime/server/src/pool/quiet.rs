@@ -1,5 +1,5 @@
-//! When a refill begins. Making a worker is milliseconds of the host's kernel, which a create in its way waits for: so it
-//! waits for a pause between checkouts, as long as there is enough in stock.
+//! When a refill begins, and the end of a worker. Both are milliseconds of the host's kernel, which a create in their way waits
+//! for: so they wait for a pause between checkouts, refills as long as there is enough in stock.
 //!
 //! May touch: the clock. Must not: know the pool.
 
