@@ -80,7 +80,8 @@ fn a_guest_profile_is_stacks_that_begin_where_the_kernel_is_entered() {
     let output = run(&["--profile-guest", graph.to_str().unwrap(), "--", "sh", "-c", script]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let svg = std::fs::read_to_string(&graph).unwrap();
-    for frame in ["common_startup_64", "start_kernel", "entry_SYSCALL_64_after_hwframe", "do_syscall_64"] {
+    let idle = ["common_startup_64", "start_kernel", "default_idle_call", "default_idle"];
+    for frame in idle.into_iter().chain(["entry_SYSCALL_64_after_hwframe", "do_syscall_64"]) {
         assert!(svg.contains(&format!("<title>{frame} (")), "no {frame} in the flame graph");
     }
 }

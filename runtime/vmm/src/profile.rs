@@ -3,8 +3,8 @@
 //!
 //! The guest kernel keeps neither frame pointers nor unwind tables, which would cost instructions on every
 //! run. So a stack is scanned for return addresses, and a word counts as one only if a call instruction
-//! stands before it that goes, directly or by one tail jump, to the function of the frame below, or is
-//! indirect. What is stale on a stack passes that seldom; a frame may be missing, and an indirect call's may
+//! stands before it that goes to the function of the frame below, directly, by one tail jump or through
+//! functions that are a jump and no more (the trampolines of static calls), or is indirect. What is stale on a stack passes that seldom; a frame may be missing, and an indirect call's may
 //! be wrong.
 
 use std::collections::BTreeMap;
@@ -19,6 +19,8 @@ pub const TEXT_MAP: u64 = 0xffff_ffff_8000_0000;
 const TEXT_END: u64 = TEXT_MAP + (1 << 30);
 /// Stack words kept of a sample: deeper stacks lose their root.
 const MOST_CANDIDATES: usize = 192;
+/// Jumps that a call is followed through.
+const MOST_TRAMPOLINES: usize = 4;
 /// Longest function searched for tail jumps.
 const MOST_FUNCTION_BYTES: u64 = 16 << 10;
 
@@ -73,7 +75,10 @@ fn stack(place: &Place, symbols: &Symbols, text: &dyn Fn(u64, usize) -> Vec<u8>)
     let mut inner = symbols.start(place.rip);
     for &word in &place.words {
         let caller = match call_before(word, text) {
-            Some(Call::Direct(target)) => target == inner || jumps(target, inner, symbols, text),
+            Some(Call::Direct(target)) => {
+                let target = landing(target, text);
+                target == inner || jumps(target, inner, symbols, text)
+            }
             Some(Call::Indirect) => true,
             None => false,
         };
@@ -114,7 +119,18 @@ fn call_before(word: u64, text: &dyn Fn(u64, usize) -> Vec<u8>) -> Option<Call> 
     indirect.then_some(Call::Indirect)
 }
 
-/// Whether the function at `from` has a jump to `to`.
+/// Where a call of `at` ends up if what is called begins with a jump.
+fn landing(mut at: u64, text: &dyn Fn(u64, usize) -> Vec<u8>) -> u64 {
+    for _ in 0..MOST_TRAMPOLINES {
+        match *text(at, 5) {
+            [0xe9, a, b, c, d] => at = (at + 5).wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into()),
+            _ => break,
+        }
+    }
+    at
+}
+
+/// Whether the function at `from` has a jump that ends up at `to`.
 fn jumps(from: u64, to: u64, symbols: &Symbols, text: &dyn Fn(u64, usize) -> Vec<u8>) -> bool {
     if symbols.start(from) != from {
         return false;
@@ -122,7 +138,7 @@ fn jumps(from: u64, to: u64, symbols: &Symbols, text: &dyn Fn(u64, usize) -> Vec
     let len = symbols.next(from).saturating_sub(from).min(MOST_FUNCTION_BYTES);
     let bytes = text(from, len as usize);
     bytes.windows(5).zip(from..).any(|(window, at)| match *window {
-        [0xe9, a, b, c, d] => (at + 5).wrapping_add_signed(i32::from_le_bytes([a, b, c, d]).into()) == to,
+        [0xe9, ..] => landing(at, text) == to,
         _ => false,
     })
 }
@@ -196,7 +212,7 @@ mod tests {
     }
 
     /// `start` calls `middle` at 0x10; `middle` calls `leaf` at 0x20 and through a register at 0x30; `leaf`
-    /// jumps to `tail` at its end.
+    /// jumps to `tail` at its end. `start` calls `leaf` at 0x40 through two trampolines.
     fn text(at: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0x90; 0x400];
         let mut relative = |at: usize, opcode: u8, to: i32| {
@@ -206,6 +222,9 @@ mod tests {
         relative(0x10, 0xe8, 0x100);
         relative(0x120, 0xe8, 0x200);
         relative(0x2f0, 0xe9, 0x300);
+        relative(0x40, 0xe8, 0x380);
+        relative(0x380, 0xe9, 0x390);
+        relative(0x390, 0xe9, 0x200);
         bytes[0x130..0x132].copy_from_slice(&[0xff, 0xd0]);
         let start = at.wrapping_sub(BASE) as usize;
         bytes.get(start..start + len).map(<[u8]>::to_vec).unwrap_or_default()
@@ -254,5 +273,7 @@ mod tests {
     fn indirect_calls_and_tail_jumps_are_frames_too() {
         assert_eq!(folded(0x308, &[0x132, 0x15]), "guest;kernel;start;middle;tail 1\n");
         assert_eq!(folded(0x308, &[0x125, 0x15]), "guest;kernel;start;middle;tail 1\n");
+        assert_eq!(folded(0x208, &[0x45]), "guest;kernel;start;leaf 1\n");
+        assert_eq!(folded(0x308, &[0x45]), "guest;kernel;start;tail 1\n");
     }
 }
