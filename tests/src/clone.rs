@@ -3,7 +3,7 @@
 use peregrine_vmm::agent::{Agent, Command, Identity, Output};
 use peregrine_vmm::snapshot::Stored;
 use peregrine_vmm::{MicroVm, VmConfig, VmmError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Longer than any command of a test is silent: a lost guest fails its test, and does not hang it.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -18,6 +18,8 @@ pub struct Clone {
     pub agent: Agent,
     /// What it was told.
     pub identity: Identity,
+    /// How long it took to believe that, from the moment that was put together.
+    pub adopted_in: Duration,
 }
 
 impl Clone {
@@ -28,12 +30,14 @@ impl Clone {
     #[must_use]
     pub fn of(template: &Stored, config: &VmConfig) -> Self {
         let vm = Self::restore(template, config).unwrap_or_else(|e| panic!("{e}"));
+        let begun = Instant::now();
         let identity = Identity::fresh().unwrap_or_else(|e| panic!("{e}"));
         let mut agent = vm.adopt(&identity, ADOPT_TIMEOUT).unwrap_or_else(|e| {
             panic!("{e}; stop reason {:?}; console:\n{}", vm.stop_reason(), vm.console_text())
         });
+        let adopted_in = begun.elapsed();
         agent.set_timeout(Some(PATIENCE)).unwrap_or_else(|e| panic!("{e}"));
-        Self { vm, agent, identity }
+        Self { vm, agent, identity, adopted_in }
     }
 
     /// Restores a template that was made from `config`; the guest stands still.

@@ -1,7 +1,6 @@
 //! `peregrine pool` against a real daemon: what is set is kept ready, and by the next daemon too.
 #![allow(clippy::unwrap_used)]
 
-use peregrine_vmm::worker::{Worker, WorkerError, Zygote};
 use serde_json::Value;
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Output};
@@ -213,19 +212,4 @@ fn what_a_pool_cannot_be_is_said_with_what_to_do() {
     let mut keyless = Command::new(peregrine());
     let keyless = keyless.args(["pool", "list"]).env_remove("ISORUN_API_KEY").output().unwrap();
     assert!(said(&keyless).contains("ISORUN_API_KEY"), "{}", said(&keyless));
-}
-
-#[test]
-fn workers_that_were_asked_of_a_zygote_are_made_though_it_is_replaced() {
-    if !kvm_or_skip("workers_that_were_asked_of_a_zygote_are_made_though_it_is_replaced") {
-        return;
-    }
-    let zygote = Zygote::new(peregrine().to_owned(), vec!["zygote".into()]);
-    // More than one zygote makes, and asked for faster than it makes them.
-    let workers: Vec<Worker> = (0..280).map(|_| zygote.worker().unwrap()).collect();
-    for (number, worker) in workers.iter().enumerate() {
-        // It has no guest, and says so.
-        let answer = worker.stats();
-        assert!(matches!(answer, Err(WorkerError::Refused(_))), "{number}: {answer:?}");
-    }
 }

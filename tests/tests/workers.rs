@@ -3,7 +3,7 @@
 
 use peregrine_vmm::arch::cmdline::gives_ring0;
 use peregrine_vmm::host::KvmKind;
-use peregrine_vmm::worker::{Going, Zygote};
+use peregrine_vmm::worker::{Going, Worker, WorkerError, Zygote};
 use std::fs;
 use std::path::Path;
 use std::thread::sleep;
@@ -70,20 +70,42 @@ fn what_was_destroyed_is_gone_though_the_daemon_dies_with_the_word() {
     becomes("all workers are gone", || daemon.workers().is_empty());
 }
 
-/// Memory of its own that the zygote among this process's children has, in KiB.
-fn zygote_kib() -> u64 {
+/// The status of each zygote among this process's children.
+fn zygotes() -> Vec<String> {
     let mine = std::process::id().to_string();
-    let status = |pid: &str| fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let field = |status: &str, name: &str| {
-        let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-        line.split_whitespace().next().map(str::to_owned)
-    };
     let all = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let found = all.map(|pid| status(&pid)).find(|status| {
-        field(status, "Name:").as_deref() == Some("zygote")
-            && field(status, "PPid:").as_deref() == Some(&*mine)
-    });
-    found.and_then(|status| field(&status, "RssAnon:")?.parse().ok()).unwrap_or(0)
+    let status = |pid: String| fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let ours =
+        |status: &String| field(status, "Name:") == Some("zygote") && field(status, "PPid:") == Some(&*mine);
+    all.map(status).filter(ours).collect()
+}
+
+fn field<'s>(status: &'s str, name: &str) -> Option<&'s str> {
+    status.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()
+}
+
+/// Memory of its own that the zygote has, in KiB.
+fn zygote_kib() -> u64 {
+    zygotes().first().and_then(|status| field(status, "RssAnon:")?.parse().ok()).unwrap_or(0)
+}
+
+#[test]
+fn workers_that_were_asked_of_a_zygote_are_made_though_it_is_replaced() {
+    if !kvm_or_skip("workers_that_were_asked_of_a_zygote_are_made_though_it_is_replaced") {
+        return;
+    }
+    let (_turn, _) = turn();
+    let zygote = Zygote::new(peregrine().to_owned(), vec!["zygote".into()]);
+    // More than one zygote makes, and asked for faster than it makes them.
+    let mut workers: Vec<Worker> = (0..250).map(|_| zygote.worker().unwrap()).collect();
+    becomes("the next one is started ahead", || zygotes().len() == 2);
+    workers.extend((250..280).map(|_| zygote.worker().unwrap()));
+    assert_eq!(zygotes().len(), 1);
+    for (number, worker) in workers.iter().enumerate() {
+        // It has no guest, and says so.
+        let answer = worker.stats();
+        assert!(matches!(answer, Err(WorkerError::Refused(_))), "{number}: {answer:?}");
+    }
 }
 
 #[test]

@@ -13,7 +13,6 @@ use crate::doorbell;
 use crate::event_loop::Bus;
 
 use crate::memory::GuestMemory;
-use crate::priority;
 use crate::profile;
 use crate::ring0::Ring0;
 use crate::sys::{kick, kvm as raw};
@@ -141,6 +140,15 @@ pub(crate) enum Next {
 /// Exits that one instruction may need to be complete: a string instruction's data come in portions.
 const MOST_EXITS_TO_SETTLE: u32 = 1 << 16;
 
+/// A thread that stands back must say that it ends, however it does.
+struct Leaves(Arc<Shared>);
+
+impl Drop for Leaves {
+    fn drop(&mut self) {
+        self.0.leave();
+    }
+}
+
 /// A vCPU on its own thread.
 pub(crate) struct Vcpu {
     pub(crate) fd: VcpuFd,
@@ -182,13 +190,18 @@ impl Vcpu {
             // KVM leaves the registers where the engine finds them.
             self.settle();
         }
+        let _leaves = (self.index == 0).then(|| Leaves(Arc::clone(&self.shared)));
         let mut exited = false;
         while !self.shared.stopping() {
+            // Whichever vCPU has read the mailbox: the agent may run on another.
+            if self.held_timer.is_some() && self.shared.is_taken() {
+                self.release_timer();
+            }
             let came_first = self.comes_first;
             let next = self.turn();
             if came_first {
                 self.comes_first = false;
-                let _ = priority::give_way();
+                self.shared.stand_back();
             }
             self.trapped = matches!(next, Next::Trapped);
             match next {
@@ -295,10 +308,7 @@ impl Vcpu {
             Ok(VcpuExit::MmioWrite(layout::GATE_REGISTER, data)) => {
                 match data.try_into().map(u32::from_le_bytes) {
                     Ok(GATE_FREEZE) => self.shared.freeze(),
-                    Ok(GATE_TAKEN) => {
-                        self.shared.note_taken();
-                        self.release_timer();
-                    }
+                    Ok(GATE_TAKEN) => self.shared.note_taken(self.index),
                     _ => {}
                 }
                 Next::Run

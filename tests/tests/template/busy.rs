@@ -2,9 +2,10 @@
 
 use super::{fresh_dir, turn};
 use peregrine_vmm::MicroVm;
-use peregrine_vmm::agent::Command;
+use peregrine_vmm::agent::{Agent, Command};
 use peregrine_vmm::snapshot::{MEMORY_FILE, Stored};
 use std::fs::File;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tests::{BOOT_TIMEOUT, Clone, PATIENCE, config, kvm_or_skip};
@@ -14,34 +15,78 @@ const WORK: &str =
     "echo begun > /tmp/work; /tmp/registers switch 1500 > /tmp/vectors 2>&1; echo done > /tmp/vectors.done";
 const SLEEP: &str = "echo begun > /tmp/sleeper; sleep 10; echo woken > /tmp/sleeper";
 
+/// A guest with two CPUs that has booted into what is to be its image.
+struct Booted {
+    dir: PathBuf,
+    image: Arc<File>,
+    vm: MicroVm,
+    agent: Agent,
+}
+
+impl Booted {
+    fn new() -> Self {
+        let dir = fresh_dir("busy");
+        let path = dir.join(MEMORY_FILE);
+        let image = Arc::new(File::options().read(true).write(true).create_new(true).open(path).unwrap());
+        let vm = MicroVm::boot_into(config(2, 192).check().unwrap(), &image).unwrap();
+        let (mut agent, _) =
+            vm.connect_agent(BOOT_TIMEOUT).unwrap_or_else(|e| panic!("{e}: {:?}", vm.stop_reason()));
+        agent.set_timeout(Some(PATIENCE)).unwrap();
+        Self { dir, image, vm, agent }
+    }
+
+    fn said(&mut self, argv: &[&str], stdin: &[u8]) -> String {
+        let output = self.agent.output(&Command::new(argv), stdin).unwrap();
+        assert_eq!(output.code(), 0, "{output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn freeze(self) -> Stored {
+        let at_gate = self.vm.freeze_point(&self.agent, Duration::from_secs(30)).unwrap();
+        println!("frozen at its gate: {at_gate}");
+        self.vm.freeze(&self.agent, &self.image, &self.dir).unwrap();
+        let stored = Stored::open(&self.dir).unwrap();
+        stored.verify_memory().unwrap();
+        stored
+    }
+}
+
 /// Boots, starts the work, freezes.
 fn freeze() -> Stored {
-    let dir = fresh_dir("busy");
-    let path = dir.join(MEMORY_FILE);
-    let image = Arc::new(File::options().read(true).write(true).create_new(true).open(path).unwrap());
-    let vm = MicroVm::boot_into(config(2, 192).check().unwrap(), &image).unwrap();
-    let (mut agent, _) =
-        vm.connect_agent(BOOT_TIMEOUT).unwrap_or_else(|e| panic!("{e}: {:?}", vm.stop_reason()));
-    agent.set_timeout(Some(PATIENCE)).unwrap();
+    let mut booted = Booted::new();
     let program = std::fs::read(tests::program("registers")).unwrap();
-    let install = Command::new(&["sh", "-c", "cat > /tmp/registers && chmod +x /tmp/registers"]);
-    assert_eq!(agent.output(&install, &program).unwrap().code(), 0);
+    booted.said(&["sh", "-c", "cat > /tmp/registers && chmod +x /tmp/registers"], &program);
     for script in [WORK, SLEEP] {
-        agent.exec(&Command::new(&["bash", "-c", script])).unwrap();
+        booted.agent.exec(&Command::new(&["bash", "-c", script])).unwrap();
     }
-    let wait = Command::new(&[
-        "bash",
-        "-c",
-        "until [ -s /tmp/sleeper ] && [ -s /tmp/work ]; do sleep 0.1; done; echo $(< /tmp/sleeper)",
-    ]);
-    let output = agent.output(&wait, b"").unwrap();
-    assert!(output.stdout.ends_with(b"begun\n"), "{output:?}");
-    let at_gate = vm.freeze_point(&agent, Duration::from_secs(30)).unwrap();
-    println!("frozen at its gate: {at_gate}");
-    vm.freeze(&agent, &image, &dir).unwrap();
-    let stored = Stored::open(&dir).unwrap();
-    stored.verify_memory().unwrap();
-    stored
+    let wait = "until [ -s /tmp/sleeper ] && [ -s /tmp/work ]; do sleep 0.1; done; echo $(< /tmp/sleeper)";
+    assert!(booted.said(&["bash", "-c", wait], b"").ends_with("begun\n"));
+    booted.freeze()
+}
+
+#[test]
+fn a_timer_runs_on_in_a_clone_though_the_agent_is_on_another_cpu() {
+    if !kvm_or_skip("a_timer_runs_on_in_a_clone_though_the_agent_is_on_another_cpu") {
+        return;
+    }
+    let _turn = turn();
+    let mut booted = Booted::new();
+    // The first CPU computes without end, so that its timer alone lets the sleeper in again.
+    let sleeper = "import os, time\n\
+                   os.sched_setaffinity(0, {0})\n\
+                   if os.fork() == 0:\n\
+                   \x20   while True: pass\n\
+                   open('/tmp/sleeper', 'w').write('begun')\n\
+                   time.sleep(6)\n\
+                   open('/tmp/sleeper', 'w').write('woken')";
+    booted.agent.exec(&Command::new(&["python3", "-c", sleeper])).unwrap();
+    booted.said(&["python3", "-c", "import os; os.sched_setaffinity(1, {1})"], b"");
+    let wait = "until [ -s /tmp/sleeper ]; do sleep 0.1; done; echo $(< /tmp/sleeper)";
+    assert_eq!(booted.said(&["bash", "-c", wait], b""), "begun\n");
+    let mut clone = Clone::of(&booted.freeze(), &config(2, 192));
+    let looks =
+        "for i in {1..100}; do [ $(< /tmp/sleeper) = woken ] && break; sleep 0.2; done; cat /tmp/sleeper";
+    assert_eq!(clone.said(looks), "woken");
 }
 
 #[test]

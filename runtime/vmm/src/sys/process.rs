@@ -65,6 +65,8 @@ pub(crate) fn ignore_children() {
 /// How the host's scheduler treats a thread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Scheduling {
+    /// Everybody else comes first (SCHED_IDLE); else the ordinary policy (SCHED_OTHER).
+    pub(crate) idle: bool,
     pub(crate) nice: i32,
     /// Its slice; 0 is the kernel's own.
     pub(crate) slice_ns: u64,
@@ -87,11 +89,28 @@ struct SchedAttr {
 const SCHED_ATTR_BYTES: u32 = 48;
 const _: () = assert!(size_of::<SchedAttr>() == SCHED_ATTR_BYTES as usize);
 
-/// Sets it for the calling thread; the policy is the ordinary one (SCHED_OTHER, 0).
-pub(crate) fn schedule(Scheduling { nice, slice_ns }: Scheduling) -> io::Result<()> {
-    let attr = SchedAttr { size: SCHED_ATTR_BYTES, nice, runtime: slice_ns, ..SchedAttr::default() };
+/// A thread, for [`schedule`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct ThreadId(libc::pid_t);
+
+impl ThreadId {
+    /// Whoever calls it.
+    pub(crate) const MINE: Self = Self(0);
+
+    /// The calling thread, as others name it. When it has ended, its name may be another one's.
+    pub(crate) fn current() -> Self {
+        // SAFETY: it has no preconditions.
+        Self(unsafe { libc::gettid() })
+    }
+}
+
+/// Sets it for a thread.
+pub(crate) fn schedule(thread: ThreadId, to: Scheduling) -> io::Result<()> {
+    let Scheduling { idle, nice, slice_ns } = to;
+    let policy = if idle { libc::SCHED_IDLE } else { libc::SCHED_OTHER } as u32;
+    let attr = SchedAttr { size: SCHED_ATTR_BYTES, policy, nice, runtime: slice_ns, ..SchedAttr::default() };
     // SAFETY: the kernel reads as many bytes as the structure says it has, which it has, and keeps nothing.
-    match unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const attr, 0) } {
+    match unsafe { libc::syscall(libc::SYS_sched_setattr, thread.0, &raw const attr, 0) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }
@@ -103,7 +122,11 @@ pub(crate) fn scheduling() -> io::Result<Scheduling> {
     let mut attr = SchedAttr::default();
     // SAFETY: the kernel writes no more than it is told the structure has.
     match unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut attr, SCHED_ATTR_BYTES, 0) } {
-        0 => Ok(Scheduling { nice: attr.nice, slice_ns: attr.runtime }),
+        0 => Ok(Scheduling {
+            idle: attr.policy == libc::SCHED_IDLE as u32,
+            nice: attr.nice,
+            slice_ns: attr.runtime,
+        }),
         _ => Err(io::Error::last_os_error()),
     }
 }

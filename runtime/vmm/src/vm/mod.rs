@@ -354,6 +354,12 @@ impl MicroVm {
         Ok(())
     }
 
+    /// A restored guest that was let approach its gate stands back behind everybody else on this host once it has read its
+    /// mailbox; from now on it is a guest like others.
+    pub fn come_forward(&self) {
+        self.shared.come_forward();
+    }
+
     /// When the guest made its first VM exit or, where [`MicroVm::go`] gave it a mailbox, the exit with which it
     /// says that it has read that; waits for it, `timeout` at most.
     #[must_use]

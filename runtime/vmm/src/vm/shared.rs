@@ -9,6 +9,7 @@ use crate::doorbell;
 use crate::priority;
 use crate::profile::Samples;
 use crate::sys::kick::Kick;
+use crate::sys::process::ThreadId;
 use crate::vcpu_state::VcpuSnapshot;
 use peregrine_ring0::Code;
 use std::collections::BTreeMap;
@@ -93,6 +94,8 @@ pub(crate) struct Shared {
     freeze_wanted: AtomicBool,
     /// Bytes in the mailbox that the guest has not taken.
     mailbox_bytes: AtomicU32,
+    /// The vCPU thread that everybody else comes before, as long as it does and has not ended.
+    back: Mutex<Option<ThreadId>>,
     pub(super) vcpus: Mutex<BTreeMap<u8, Kick>>,
     pub(super) assists: Mutex<Counters>,
     pub(super) doorbell: Mutex<doorbell::Counters>,
@@ -127,6 +130,7 @@ impl Shared {
             gate_moved: Condvar::new(),
             freeze_wanted: AtomicBool::new(false),
             mailbox_bytes: AtomicU32::new(0),
+            back: Mutex::new(None),
             vcpus: Mutex::new(BTreeMap::new()),
             assists: Mutex::new(Counters::default()),
             doorbell: Mutex::new(doorbell::Counters::default()),
@@ -160,10 +164,17 @@ impl Shared {
         self.exited.notify_all();
     }
 
-    /// The guest has read its mailbox.
-    pub(crate) fn note_taken(&self) {
+    /// The guest has read its mailbox, on this vCPU. The others leave KVM_RUN to hear it.
+    pub(crate) fn note_taken(&self, index: u8) {
         lock(&self.firsts).taken.get_or_insert_with(Instant::now);
         self.exited.notify_all();
+        let vcpus = lock(&self.vcpus);
+        vcpus.iter().filter(|(other, _)| **other != index).for_each(|(_, kick)| kick.send());
+    }
+
+    /// Whether it has.
+    pub(crate) fn is_taken(&self) -> bool {
+        lock(&self.firsts).taken.is_some()
     }
 
     /// When the guest made its first exit or, if it has a mailbox, the one with which it says that it has read that.
@@ -287,6 +298,33 @@ impl Shared {
         let comes_first = gate.approach && priority::first().is_ok();
         let _gate = self.gate_moved.wait_while(gate, waiting).unwrap_or_else(PoisonError::into_inner);
         (self.mailbox_bytes.swap(0, Ordering::AcqRel), comes_first)
+    }
+
+    /// The calling thread has come first, and nobody waits for its guest now: it makes room for who does, until
+    /// [`Shared::come_forward`].
+    pub(crate) fn stand_back(&self) {
+        {
+            let mut back = lock(&self.back);
+            match priority::stand_back() {
+                Ok(thread) => *back = Some(thread),
+                Err(_) => drop(priority::guest()),
+            }
+        }
+        priority::let_in();
+    }
+
+    /// If a thread stands back, it has its share of a processor again.
+    pub(super) fn come_forward(&self) {
+        let mut back = lock(&self.back);
+        if let Some(thread) = back.take() {
+            // While the lock is held it does not end.
+            let _ = priority::come_forward(thread);
+        }
+    }
+
+    /// The first vCPU's thread is about to end.
+    pub(crate) fn leave(&self) {
+        lock(&self.back).take();
     }
 
     /// Closes the gate and waits until all `vcpus` threads have left their states. Everybody else must keep

@@ -30,6 +30,9 @@ use std::time::{Duration, Instant};
 const NAME: &CStr = c"worker";
 /// How long `Go` waits for the guest's first VM exit: a guest that computes makes none.
 const FIRST_EXIT_PATIENCE: Duration = Duration::from_secs(1);
+/// How long a guest that has been let go stands back behind whoever else has something to do: by then it has its identity,
+/// which nobody waits for, and its creator has the answer.
+const STANDS_BACK: Duration = Duration::from_millis(10);
 /// How long `Why` waits for the reason: a guest that shuts down closes its connections first.
 const REASON_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -118,12 +121,22 @@ fn successor(sandbox: Option<&Sandbox>) -> OwnedFd {
 }
 
 fn serve_with(mut control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox: Option<Sandbox>) -> ! {
+    let mut stands_back = false;
     loop {
-        let Ok((request, mut fds)) = receive::<Request>(&control) else {
+        let come_forward = |sandbox: &Option<Sandbox>| sandbox.as_ref().map(|it| it.vm.come_forward());
+        if std::mem::take(&mut stands_back) && !is_heard(&control, STANDS_BACK) {
+            come_forward(&sandbox);
+        }
+        let received = receive::<Request>(&control);
+        let decoded_ns = monotonic_ns();
+        if !matches!(received, Ok((Request::Halt, _))) {
+            // What is asked may have to wait for the guest.
+            come_forward(&sandbox);
+        }
+        let Ok((request, mut fds)) = received else {
             control = successor(sandbox.as_ref());
             continue;
         };
-        let decoded_ns = monotonic_ns();
         let answered = match (request, &mut sandbox) {
             (Request::End, _) => exit_now(0),
             (Request::Halt, Some(sandbox)) => {
@@ -146,6 +159,7 @@ fn serve_with(mut control: OwnedFd, mut shell: Option<(Kvm, Shell)>, mut sandbox
             }
             (Request::Go { mailbox, patience }, Some(sandbox)) => {
                 sandbox.rendezvous = fds.pop().map(|listener| (listener, patience));
+                stands_back = true;
                 send(&control, &go(sandbox, &mailbox, decoded_ns), &[])
             }
             (Request::Attach, Some(sandbox)) => match attach(sandbox) {
@@ -358,6 +372,12 @@ fn save(
         // If the owner has gone, what is on disk is complete or absent all the same.
         let _ = send(&done, &reply, &[]);
     })
+}
+
+/// Whether the owner says something, or goes away, within this time.
+fn is_heard(control: &OwnedFd, patience: Duration) -> bool {
+    let wait = Timespec::try_from(patience).unwrap_or_default();
+    poll(&mut [PollFd::new(control, PollFlags::IN)], Some(&wait)).is_ok_and(|heard| heard > 0)
 }
 
 /// Has the owner closed its end? It waits for so long and no longer, and this process may have stood still.

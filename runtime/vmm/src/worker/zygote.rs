@@ -1,8 +1,9 @@
 //! A process that workers are forked from.
 //!
-//! Executing a program costs a new worker much: its pages are mapped and found one by one, and the kernel does some of it without letting anybody else have the processor. What is forked has its pages already. The price is
-//! that all workers of a zygote have one address space layout: so it serves [`MOST_WORKERS`] and is replaced, and it has
-//! no environment that they could leak.
+//! Executing a program costs a new worker much: its pages are mapped and found one by one, and the kernel does some of it
+//! without letting anybody else have the processor. What is forked has its pages already. The price is that all workers of
+//! a zygote have one address space layout: so it serves [`MOST_WORKERS`] and is replaced, by one that was started
+//! [`AHEAD`] of that and has learned what it must meanwhile; and it has no environment that they could leak.
 
 use super::client::pair;
 use super::wire::{Request, send};
@@ -20,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// How many workers have the same address space layout.
 const MOST_WORKERS: u32 = 256;
+/// How many of them are still to come when its successor is started, which takes as long as some of them.
+const AHEAD: u32 = 32;
 /// Templates that are learned from, the latest: their kernels are mostly the same.
 const MOST_TEMPLATES: usize = 16;
 /// A zygote that is replaced and has not ended by then is killed.
@@ -30,9 +33,15 @@ const MOST_PATIENCE: Duration = Duration::from_secs(2);
 pub struct Zygote {
     program: PathBuf,
     arguments: Vec<OsString>,
-    process: Mutex<Option<Process>>,
+    processes: Mutex<Processes>,
     /// Templates that each process of it learns from.
     templates: Mutex<VecDeque<PathBuf>>,
+}
+
+#[derive(Debug, Default)]
+struct Processes {
+    present: Option<Process>,
+    successor: Option<Process>,
 }
 
 #[derive(Debug)]
@@ -63,7 +72,7 @@ impl Zygote {
     /// `program` with `arguments` must call [`super::serve_zygote`] with its standard input.
     #[must_use]
     pub fn new(program: PathBuf, arguments: Vec<OsString>) -> Self {
-        Self { program, arguments, process: Mutex::default(), templates: Mutex::default() }
+        Self { program, arguments, processes: Mutex::default(), templates: Mutex::default() }
     }
 
     /// Clones of the template in `dir` will be made: what their kernel's code does, workers know from the start.
@@ -76,8 +85,8 @@ impl Zygote {
             templates.truncate(MOST_TEMPLATES - 1);
             templates.push_front(dir.to_owned());
         }
-        let process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(process) = &*process {
+        let processes = self.processes.lock().unwrap_or_else(PoisonError::into_inner);
+        for process in [&processes.present, &processes.successor].into_iter().flatten() {
             process.learn(dir);
         }
     }
@@ -87,15 +96,26 @@ impl Zygote {
     /// # Errors
     /// If the zygote cannot be started.
     pub fn worker(&self) -> Result<Worker, WorkerError> {
-        let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(there) = process.as_mut().filter(|there| there.workers < MOST_WORKERS)
+        let mut processes = self.processes.lock().unwrap_or_else(PoisonError::into_inner);
+        let Processes { present, successor } = &mut *processes;
+        if successor.is_none() && present.as_ref().is_some_and(|there| there.workers >= MOST_WORKERS - AHEAD)
+        {
+            // Without one now, there may be one when it is needed.
+            *successor = self.start().ok();
+        }
+        if let Some(there) = present.as_mut().filter(|there| there.workers < MOST_WORKERS)
             && let Ok(worker) = there.hatch()
         {
             return Ok(worker);
         }
         // The old one must be gone before: they are few, and it has little to do.
-        drop(process.take());
-        Ok(process.insert(self.start()?).hatch()?)
+        drop(present.take());
+        if let Some(next) = successor.take()
+            && let Ok(worker) = present.insert(next).hatch()
+        {
+            return Ok(worker);
+        }
+        Ok(present.insert(self.start()?).hatch()?)
     }
 
     fn start(&self) -> io::Result<Process> {
