@@ -27,6 +27,18 @@ fn becomes(what: &str, mut so: impl FnMut() -> bool) {
     );
 }
 
+/// Nice value and scheduling policy of a worker's vCPU threads (proc(5), `stat`, fields 19 and 41).
+fn scheduling(pid: u32) -> Vec<(i32, i32)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    let stats = tasks.map(|task| fs::read_to_string(task.unwrap().path().join("stat")).unwrap());
+    let vcpu = |stat: String| {
+        let (name, fields) = stat.rsplit_once(')')?;
+        let fields: Vec<_> = fields.split_whitespace().map(|field| field.parse().unwrap_or(0)).collect();
+        name.contains("(vcpu").then(|| (fields[16], fields[38]))
+    };
+    stats.filter_map(vcpu).collect()
+}
+
 /// Processor time that a process has used, in clock ticks.
 fn ticks(pid: u32) -> u64 {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
@@ -106,6 +118,21 @@ fn workers_that_were_asked_of_a_zygote_are_made_though_it_is_replaced() {
         let answer = worker.stats();
         assert!(matches!(answer, Err(WorkerError::Refused(_))), "{number}: {answer:?}");
     }
+}
+
+#[test]
+fn a_guest_that_stood_back_for_its_creators_answer_has_its_share_again() {
+    if !kvm_or_skip("a_guest_that_stood_back_for_its_creators_answer_has_its_share_again") {
+        return;
+    }
+    let (_turn, dir) = turn();
+    let parked = parked(&dir);
+    let pid = parked.pid();
+    becomes("its vCPU waits, and will come first", || scheduling(pid) == [(-10, 0)]);
+    // Nobody asks its worker anything after that; its guest has made many an exit when it answers.
+    let mut going = go(parked);
+    sh(&mut going.agent, "true");
+    becomes("its vCPU is as others (SCHED_OTHER)", || scheduling(pid) == [(0, 0)]);
 }
 
 #[test]

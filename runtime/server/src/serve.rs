@@ -60,6 +60,9 @@ pub struct Start {
     pub dev: bool,
 }
 
+/// Whose key `--dev` prints.
+const DEV_TENANT: &str = "dev";
+
 /// Serves until SIGTERM or SIGINT; `ready` is told the address and, with `dev`, the key.
 ///
 /// # Errors
@@ -90,7 +93,12 @@ async fn serve(start: Start, ready: impl FnOnce(SocketAddr, Option<&str>)) -> Re
     let service = Service::start(start.config, &start.state, start.artefacts, &start.program)?;
     // After the state directory was taken over: its files are this daemon's.
     let keys = Keys::open(&start.state.join("keys"))?;
-    let key = start.dev.then(|| keys.mint("dev", &region)).transpose()?.map(|minted| minted.key);
+    let key = start.dev.then(|| keys.mint(DEV_TENANT, &region)).transpose()?.map(|minted| minted.key);
+    if start.dev
+        && let Err(error) = service.journal.prepare(DEV_TENANT)
+    {
+        tracing::error!(%error, "the tenant's audit log");
+    }
     if let Err(error) = service.keep_pools() {
         tracing::error!(%error, "the pools that were set");
     }

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 /// Nice value of whoever answers requests.
 const NICE: i32 = -10;
-/// The least that Linux takes. A thread that wakes with a shorter slice than the running one's takes its place at once
-/// (Linux 6.12 and later, PREEMPT_SHORT); without it, it waits for the end of that slice, 3 ms and more.
-const SLICE_NS: u64 = 100_000;
+/// Shorter than a guest's: a thread that wakes with a shorter slice than the running one's takes its place at once (Linux 6.12
+/// and later, PREEMPT_SHORT). Longer than the work on a request, 0.3 ms: a thread that is at the end of its slice makes room
+/// for a guest that is owed more, and is back at the scheduler's next tick, up to 4 ms later.
+const SLICE_NS: u64 = 1_000_000;
 /// Longer than the slice of everybody else, which Linux 6.18 makes 0.7 to 2.8 ms by the number of processors.
 const GUEST_SLICE_NS: u64 = 3_000_000;
 

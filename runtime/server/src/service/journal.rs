@@ -8,6 +8,7 @@ use peregrine_audit::{AuditError, Log, SigningKey};
 use serde_json::Value;
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -64,14 +65,27 @@ impl Journal {
             ServiceError::Audit(error.to_string())
         };
         let mut logs = self.logs.borrow_mut();
-        let log = match logs.get_mut(tenant) {
-            Some(log) => log,
-            None => {
-                let log = Log::open(&self.dir.join(tenant), tenant).map_err(failed)?;
-                logs.entry(tenant.to_owned()).or_insert(log)
-            }
-        };
+        let log = self.open_in(&mut logs, tenant).map_err(failed)?;
         log.append(sandbox, event, data).map(drop).map_err(failed)
+    }
+
+    /// Opens a tenant's log, or begins it, before it is written to: that waits for the disk, and requests for it.
+    ///
+    /// # Errors
+    /// If it cannot be opened.
+    pub(crate) fn prepare(&self, tenant: &str) -> Result<(), AuditError> {
+        self.open_in(&mut self.logs.borrow_mut(), tenant).map(drop)
+    }
+
+    fn open_in<'l>(
+        &self,
+        logs: &'l mut HashMap<String, Log>,
+        tenant: &str,
+    ) -> Result<&'l mut Log, AuditError> {
+        Ok(match logs.entry(tenant.to_owned()) {
+            Entry::Occupied(open) => open.into_mut(),
+            Entry::Vacant(place) => place.insert(Log::open(&self.dir.join(tenant), tenant)?),
+        })
     }
 
     /// Signs what was appended since the last time, and makes it durable: blocks for the disk in the value.
