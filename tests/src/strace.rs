@@ -14,6 +14,9 @@ pub struct Strace {
     _dir: tempfile::TempDir,
 }
 
+/// Far longer than it takes to let go of every thread.
+const MOST_OF_A_DETACH: Duration = Duration::from_secs(20);
+
 impl Strace {
     /// Attaches to the process `pid`. `expressions` are those of `-e`, such as `inject=fsync:error=EIO:when=2`;
     /// strace counts calls for each process and each name apart.
@@ -44,11 +47,17 @@ impl Strace {
     /// Lets the process go on without it, and gives each call that it saw: who made it, and strace's text.
     ///
     /// # Panics
-    /// If strace does not end.
+    /// If strace had ended before.
     #[must_use]
     pub fn detach(mut self) -> Vec<(u32, String)> {
         // At SIGTERM it detaches, which SIGKILL would leave to the kernel in the middle of a stop.
         kill("TERM", self.child.id());
+        let begun = Instant::now();
+        // Now and then it waits for ever for a process that was just forked, whose threads stand still meanwhile (6.1).
+        while matches!(self.child.try_wait(), Ok(None)) && begun.elapsed() < MOST_OF_A_DETACH {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let _ = self.child.kill();
         let _ = self.child.wait();
         self.seen()
     }
