@@ -164,9 +164,16 @@ impl Shared {
         self.exited.notify_all();
     }
 
-    /// The guest has read its mailbox, on this vCPU. The others leave KVM_RUN to hear it.
+    /// The guest has read its mailbox, on this vCPU. The others leave KVM_RUN to hear it, once: kicks are queued, and
+    /// a guest may say so as often as it likes.
     pub(crate) fn note_taken(&self, index: u8) {
-        lock(&self.firsts).taken.get_or_insert_with(Instant::now);
+        {
+            let mut firsts = lock(&self.firsts);
+            if firsts.taken.is_some() {
+                return;
+            }
+            firsts.taken = Some(Instant::now());
+        }
         self.exited.notify_all();
         let vcpus = lock(&self.vcpus);
         vcpus.iter().filter(|(other, _)| **other != index).for_each(|(_, kick)| kick.send());
