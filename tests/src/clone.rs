@@ -18,7 +18,7 @@ pub struct Clone {
     pub agent: Agent,
     /// What it was told.
     pub identity: Identity,
-    /// How long it took to believe that, from the moment that was put together.
+    /// How long it took to take that, from the moment at which it was put together.
     pub adopted_in: Duration,
 }
 

@@ -8,7 +8,6 @@ use peregrine_audit::{AuditError, Log, SigningKey};
 use serde_json::Value;
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{self, BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
@@ -65,7 +64,13 @@ impl Journal {
             ServiceError::Audit(error.to_string())
         };
         let mut logs = self.logs.borrow_mut();
-        let log = self.open_in(&mut logs, tenant).map_err(failed)?;
+        let log = match logs.get_mut(tenant) {
+            Some(log) => log,
+            None => {
+                let log = self.open_log(tenant).map_err(failed)?;
+                logs.entry(tenant.to_owned()).or_insert(log)
+            }
+        };
         log.append(sandbox, event, data).map(drop).map_err(failed)
     }
 
@@ -74,18 +79,15 @@ impl Journal {
     /// # Errors
     /// If it cannot be opened.
     pub(crate) fn prepare(&self, tenant: &str) -> Result<(), AuditError> {
-        self.open_in(&mut self.logs.borrow_mut(), tenant).map(drop)
+        let mut logs = self.logs.borrow_mut();
+        if !logs.contains_key(tenant) {
+            logs.insert(tenant.to_owned(), self.open_log(tenant)?);
+        }
+        Ok(())
     }
 
-    fn open_in<'l>(
-        &self,
-        logs: &'l mut HashMap<String, Log>,
-        tenant: &str,
-    ) -> Result<&'l mut Log, AuditError> {
-        Ok(match logs.entry(tenant.to_owned()) {
-            Entry::Occupied(open) => open.into_mut(),
-            Entry::Vacant(place) => place.insert(Log::open(&self.dir.join(tenant), tenant)?),
-        })
+    fn open_log(&self, tenant: &str) -> Result<Log, AuditError> {
+        Log::open(&self.dir.join(tenant), tenant)
     }
 
     /// Signs what was appended since the last time, and makes it durable: blocks for the disk in the value.

@@ -356,7 +356,7 @@ impl MicroVm {
 
     /// A restored guest that was let approach its gate stands back behind everybody else on this host once it has read its
     /// mailbox; from now on it is a guest like others.
-    pub fn come_forward(&self) {
+    pub(crate) fn come_forward(&self) {
         self.shared.come_forward();
     }
 
