@@ -1,6 +1,6 @@
 // A microVM's process that stands still: what is asked of its sandbox ends with an error and is not done later, others
 // answer meanwhile, it works again when it comes back, and it can be destroyed in any case. No process is left over.
-// Usage: stuck.mjs all | late | leave | adopted RUN PID
+// Usage: stuck.mjs all | late | pooled | leave | adopted RUN PID
 import assert from 'node:assert/strict';
 import { readFileSync, readdirSync, existsSync } from 'node:fs';
 
@@ -38,8 +38,9 @@ const read = (pid, file) => { try { return readFileSync(`/proc/${pid}/${file}`, 
 const stat = (pid) => read(pid, 'stat').split(') ')[1]?.split(' ') ?? [];
 const lives = (pid) => ![undefined, 'Z', 'X'].includes(stat(pid)[0]);
 // All workers of this daemon and of the one before, whoever their parents are.
-const workers = () => readdirSync('/proc').filter((pid) => /^\d+$/.test(pid) && lives(pid)
-  && read(pid, 'comm') === 'worker\n' && read(pid, 'cmdline').split('\0').includes(state));
+const processes = (name) => readdirSync('/proc').filter((pid) => /^\d+$/.test(pid) && lives(pid)
+  && read(pid, 'comm') === `${name}\n` && read(pid, 'cmdline').split('\0').includes(state));
+const workers = () => processes('worker');
 const children = (of) => workers().filter((pid) => stat(pid)[1] === String(of));
 const described = () => workers().map((pid) => `${pid}: child of ${stat(pid)[1]}, ${stat(pid)[0]} in ${read(pid, 'wchan')}`).join('; ');
 const ticks = (pid) => Number(stat(pid)[11] ?? 0) + Number(stat(pid)[12] ?? 0);
@@ -173,6 +174,36 @@ const late = async () => {
   console.log(`${made} made`);
 };
 
+// One of the pool's: a create takes another, and is recorded once. If all are, it fails, and two entries are left of it.
+const pooled = async () => {
+  await nobody_else();
+  const entries = () => readFileSync(`${state}/audit/dev/log.ndjson`, 'utf8').trim().split('\n').map(JSON.parse);
+  const [waits] = workers();
+  process.kill(waits, 'SIGSTOP');
+  const at = await create();
+  await ended(waits);
+  await works(at);
+  const of = entries().filter(({ sandbox_id }) => at.endsWith(sandbox_id)).map(({ event }) => event);
+  assert.deepEqual(of, ['sandbox.created', 'exec.start', 'exec.exit']);
+  assert.equal((await call('DELETE', at)).status, 200);
+  await nobody_else();
+  const [begin, past] = [entries().length, (await call('GET', '/v1/runs/history')).value];
+  // Nor is another one made.
+  const stopped = [...workers(), ...processes('zygote')];
+  assert.equal(stopped.length, 2, described());
+  stopped.forEach((pid) => process.kill(pid, 'SIGSTOP'));
+  const { status, value } = await call('POST', '/v1/runs', { timeout: 0 });
+  process.kill(stopped[1], 'SIGCONT');
+  assert.ok([503, 504].includes(status), `${status}: ${JSON.stringify(value)}`);
+  assert.deepEqual(await runs(), []);
+  assert.deepEqual((await call('GET', '/v1/runs/history')).value, past);
+  const [made, unmade, ...others] = entries().slice(begin);
+  assert.deepEqual([made?.event, unmade?.event, others], ['sandbox.created', 'sandbox.destroyed', []]);
+  assert.equal(made.sandbox_id, unmade.sandbox_id);
+  assert.ok(unmade.data.why, JSON.stringify(unmade));
+  console.log(unmade.data.why);
+};
+
 // Its daemon is killed now, and the next one has it.
 const adopted = async (at, pid) => {
   await works(at);
@@ -192,7 +223,7 @@ if (step === 'leave') {
   // What it computes goes on.
   process.exit(0);
 } else {
-  await { all, late, adopted: () => adopted(given[0], Number(given[1])) }[step]();
+  await { all, late, pooled, adopted: () => adopted(given[0], Number(given[1])) }[step]();
   await nobody_else();
   const left = (dir) => (existsSync(`${state}/${dir}`) ? readdirSync(`${state}/${dir}`).filter((name) => !name.startsWith('.')) : []);
   for (const dir of ['snapshots', 'hibernated']) assert.deepEqual(left(dir), [], dir);

@@ -70,6 +70,7 @@ fn a_microvm_that_stands_still_hangs_nobody() {
     let daemon = Daemon::start(&format!("{CONFIG}{pool}[limits]\nwatchdog_s = 6\n"));
     run(&daemon, "stuck.mjs", &["all"]);
     run(&daemon, "stuck.mjs", &["late"]);
+    run(&daemon, "stuck.mjs", &["pooled"]);
     let left = run(&daemon, "stuck.mjs", &["leave"]);
     let (at, pid) = left.split_once(' ').unwrap();
     let daemon = Daemon::start_in(daemon.crash(), &["--dev"]);

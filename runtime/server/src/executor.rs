@@ -2,8 +2,14 @@
 //! half. What blocks (workers' control sockets, files of the host) goes to a small pool of threads.
 
 use peregrine_vmm::priority;
+use rustix::time::{
+    Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
+};
 use std::future::Future;
 use std::io;
+use std::time::Duration;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 use tokio::task::JoinHandle;
 
 /// Ring entries for file work; a submission waits for a free one.
@@ -38,6 +44,21 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
         Ok(value) => value,
         Err(error) => std::panic::resume_unwind(error.into_panic()),
     }
+}
+
+/// Waits this long, to the microsecond: the runtime's own timers have milliseconds.
+///
+/// # Errors
+/// If there is no descriptor left for it.
+pub async fn nap(time: Duration) -> io::Result<()> {
+    let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
+    let once = Timespec::default();
+    let it_value = Timespec::try_from(time).map_err(io::Error::other)?;
+    timerfd_settime(&timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval: once, it_value })?;
+    // Unsound for a value that gives another descriptor each time; an owned one is always the same, and open.
+    #[allow(deprecated)]
+    let timer = AsyncFd::with_interest(timer, Interest::READABLE)?;
+    timer.readable().await.map(drop)
 }
 
 /// Gives this thread, and those that it makes, priority over guests.

@@ -9,7 +9,7 @@ mod quiet;
 mod shell;
 
 pub use measure::Percentiles;
-pub use shell::{Begun, Held, Shell};
+pub use shell::{Begun, Held, Shell, went};
 
 use crate::executor;
 use crate::places::Places;

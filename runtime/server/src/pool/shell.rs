@@ -3,8 +3,8 @@
 use super::Source;
 use crate::executor;
 use crate::places::Places;
-use peregrine_vmm::agent::Identity;
-use peregrine_vmm::worker::{Going, Parked, Rendezvous, Worker, WorkerError, Zygote};
+use peregrine_vmm::agent::{Agent, Identity};
+use peregrine_vmm::worker::{Parked, Rendezvous, Worker, WorkerError, Zygote};
 use std::os::fd::AsFd as _;
 use std::time::Duration;
 use tokio::io::Interest;
@@ -53,15 +53,63 @@ enum Stage {
     Parked(Box<Parked>, Rendezvous),
 }
 
-/// A worker whose guest runs, and where the next daemon would find it.
+/// A worker whose guest was told to go, and where the next daemon would find it.
 #[derive(Debug)]
 pub struct Begun {
-    /// Worker and agent.
-    pub going: Going,
+    /// The worker.
+    pub worker: Held<Worker>,
+    /// Its guest's agent.
+    pub agent: Agent,
     /// The worker's process.
     pub pid: u32,
     /// Its place.
     pub rendezvous: Rendezvous,
+}
+
+impl Begun {
+    /// Waits until its guest runs, `patience` at most.
+    ///
+    /// # Errors
+    /// What the worker said.
+    pub async fn went(&self, patience: Duration) -> Result<(), WorkerError> {
+        went(self.worker.get(), patience, || ()).await
+    }
+}
+
+/// A guest that is told to go runs after 0.1 to 0.2 ms, unless its worker has to wait for a processor. It is hurried then, and
+/// again after twice as long.
+const HURRY: Duration = Duration::from_micros(500);
+/// How often it is hurried.
+const MOST_HURRIES: u32 = 8;
+
+/// Waits until the guest of a worker that was told to let it go runs, `patience` at most; if that takes long, `hurry` is
+/// called now and then.
+///
+/// # Errors
+/// What the worker said.
+pub async fn went(worker: Option<&Worker>, patience: Duration, hurry: impl Fn()) -> Result<(), WorkerError> {
+    let worker = worker.ok_or_else(nothing)?;
+    if !worker.has_answered()? {
+        let control = worker.as_fd();
+        // Unsound for a value that gives another descriptor each time; a borrowed one is always the same, and open.
+        #[allow(deprecated)]
+        let control = AsyncFd::with_interest(control, Interest::READABLE)?;
+        let answered = async {
+            for times in 0..MOST_HURRIES {
+                tokio::select! {
+                    ready = control.readable() => return ready.map(drop),
+                    waited = executor::nap(HURRY * (1 << times)) => waited?,
+                }
+                hurry();
+            }
+            control.readable().await.map(drop)
+        };
+        match tokio::time::timeout(patience, answered).await {
+            Ok(ready) => ready?,
+            Err(_) => return Err(WorkerError::Stuck),
+        }
+    }
+    worker.went().map(drop)
 }
 
 impl Shell {
@@ -96,26 +144,15 @@ impl Shell {
         matches!(self.0.get(), Some(Stage::Parked(..)))
     }
 
-    /// Lets the guest go in a parked one, and waits for that without blocking the thread, `patience` at most.
+    /// Lets the guest go in a parked one; [`Begun::went`] is its answer.
     ///
     /// # Errors
     /// What the worker said; it is gone.
-    pub async fn begin(self, identity: &Identity, patience: Duration) -> Result<Begun, WorkerError> {
+    pub fn begin(self, identity: &Identity) -> Result<Begun, WorkerError> {
         let Some(Stage::Parked(parked, rendezvous)) = self.0.into_inner() else { return Err(nothing()) };
         let pid = parked.pid();
-        let starting = Held::new(parked.start(identity, Some(&rendezvous))?);
-        {
-            let control = starting.get().ok_or_else(nothing)?.as_fd();
-            // Unsound for a value that gives another descriptor each time; a borrowed one is always the same, and open.
-            #[allow(deprecated)]
-            let control = AsyncFd::with_interest(control, Interest::READABLE)?;
-            match tokio::time::timeout(patience, control.readable()).await {
-                Ok(ready) => drop(ready?),
-                Err(_) => return Err(WorkerError::Stuck),
-            }
-        }
-        let going = starting.into_inner().ok_or_else(nothing)?.finish()?;
-        Ok(Begun { going, pid, rendezvous })
+        let (worker, agent) = parked.start(identity, Some(&rendezvous))?.into_parts();
+        Ok(Begun { worker: Held::new(worker), agent, pid, rendezvous })
     }
 
     /// Ends it; blocks until the process is gone.

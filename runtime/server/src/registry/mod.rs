@@ -107,6 +107,15 @@ impl Registry {
         Ok(all.commit()?)
     }
 
+    /// Forgets a sandbox that nobody was told of.
+    ///
+    /// # Errors
+    /// If it is still in the file.
+    pub fn forget_run(&self, id: &str) -> Result<(), RegistryError> {
+        self.db.prepare_cached("DELETE FROM run WHERE id = ?1")?.execute(params![id])?;
+        Ok(())
+    }
+
     /// As [`Registry::put_run`], and a power failure does not lose it.
     ///
     /// # Errors
@@ -246,6 +255,7 @@ impl Registry {
 fn fold_beside(path: &Path) {
     let path = path.to_owned();
     let folding = move || {
+        let _ = peregrine_vmm::priority::equal();
         loop {
             std::thread::sleep(CHECKPOINT_EVERY);
             if let Err(error) = fold(&path) {

@@ -10,6 +10,7 @@ use crate::pool::{Begun, CheckedOut, Shell, Source};
 use crate::registry::MadeWith;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
+use peregrine_vmm::priority;
 use peregrine_vmm::worker::{Worker, WorkerError};
 use serde_json::json;
 use std::cell::Cell;
@@ -78,42 +79,93 @@ impl Service {
         let _making = Making::new(&self.making);
         let template = self.templates.get(&spec.shape, &self.pool).await?;
         let id = ids::run_id(self.config.node)?;
-        let (begun_guest, hit) = self.begin(&template, &id).await?;
-        let sandbox = self.settle(&id, tenant, spec, begun_guest)?;
-        sandbox.create.set(begun.elapsed());
-        sandbox.made_with.replace(request.made_with.clone());
-        let data = json!({
-            "image": sandbox.spec.shape.image.name, "vcpus": sandbox.spec.shape.vcpus,
-            "mem_mib": sandbox.spec.shape.mem_mib, "pool_hit": hit,
-        });
-        self.publish(std::slice::from_ref(&sandbox), "sandbox.created", data)?;
-        Ok(sandbox)
+        let mut recorded = false;
+        let settle = |guest, hit| {
+            let sandbox = self.settle(&id, tenant, spec.clone(), guest)?;
+            sandbox.create.set(begun.elapsed());
+            sandbox.made_with.replace(request.made_with.clone());
+            let data = json!({
+                "image": sandbox.spec.shape.image.name, "vcpus": sandbox.spec.shape.vcpus,
+                "mem_mib": sandbox.spec.shape.mem_mib, "pool_hit": hit,
+            });
+            let event = (!std::mem::replace(&mut recorded, true)).then_some(("sandbox.created", data));
+            self.record(std::slice::from_ref(&sandbox), event)?;
+            Ok(sandbox)
+        };
+        match self.begin(&template, &id, settle).await {
+            Ok(sandbox) => {
+                sandbox.create.set(begun.elapsed());
+                self.know(&sandbox);
+                Ok(sandbox)
+            }
+            Err(error) => {
+                if recorded {
+                    self.unmake(tenant, &id, &error);
+                }
+                Err(error)
+            }
+        }
     }
 
-    /// Lets a guest go in a worker of the pool. One that has died there is noticed now, and another is taken.
-    async fn begin(&self, template: &Template, id: &str) -> Result<(Begun, bool), ServiceError> {
+    /// Lets a guest go in a worker of the pool, and has `settle` make and record a sandbox of it while the worker does so. A
+    /// worker that has died in the pool is noticed now, and another is taken.
+    async fn begin(
+        &self,
+        template: &Template,
+        id: &str,
+        mut settle: impl FnMut(Begun, bool) -> Result<Rc<Sandbox>, ServiceError>,
+    ) -> Result<Rc<Sandbox>, ServiceError> {
         let identity = identity(id)?;
         let mut left = MOST_DEAD_WORKERS;
         loop {
             let CheckedOut { shell, hit } = self.pool.checkout(Rc::clone(&template.key)).await?;
             let begun = match self.parked(shell, &template.source).await {
-                Ok(shell) => shell.begin(&identity, self.config.limits.patience()).await,
+                Ok(shell) => shell.begin(&identity),
                 Err(error) => Err(error),
             };
-            match begun {
-                Ok(begun) => return Ok((begun, hit)),
-                Err(WorkerError::Io(error)) if left > 0 => {
+            let error = match begun {
+                Ok(guest) => {
+                    let sandbox = settle(guest, hit)?;
+                    match self.went(&sandbox).await {
+                        Ok(()) => return Ok(sandbox),
+                        Err(error) => error,
+                    }
+                }
+                Err(error) => error,
+            };
+            match error {
+                WorkerError::Io(error) if left > 0 => {
                     tracing::warn!(%error, "a worker of the pool is gone");
                     left -= 1;
                 }
-                Err(error @ WorkerError::Stuck) if left > 0 => {
+                WorkerError::Stuck if left > 0 => {
                     tracing::warn!(%error, "a worker of the pool is stuck");
                     // It took long to find out.
                     left = 0;
                 }
-                Err(error) => return Err(error.into()),
+                error => return Err(error.into()),
             }
         }
+    }
+
+    /// Waits until the guest of a sandbox that was told to go runs.
+    async fn went(&self, sandbox: &Sandbox) -> Result<(), WorkerError> {
+        let Ok(running) = sandbox.running() else { return Ok(()) };
+        let hurry = || {
+            // Where there are several, they wait for each other, and nothing is won.
+            if self.making.get() == 1 {
+                let _ = priority::bring(running.pid);
+            }
+        };
+        running.went(self.config.limits.patience(), hurry).await
+    }
+
+    /// A sandbox that is recorded does not run after all, and nobody was told of it.
+    fn unmake(&self, tenant: &str, id: &str, why: &ServiceError) {
+        let data = json!({ "ran_ms": 0, "cpu_ms": 0, "why": why.to_string() });
+        // What cannot be written now the next daemon finds: a sandbox whose worker is gone.
+        let _ = self.journal.append(tenant, id, "sandbox.destroyed", data);
+        let _ = self.registry.forget_run(id);
     }
 
     /// A worker of the pool that stands ready: most do, the others are made so now.
@@ -202,26 +254,39 @@ impl Service {
         Ok(Rc::new(sandbox))
     }
 
-    /// Makes sandboxes known: to the audit log, to the registry (all or none), to their tenant. From then on their
-    /// ends are noticed.
-    #[allow(clippy::needless_pass_by_value)]
+    /// Makes sandboxes known: to the audit log and the registry, to their tenant. From then on their ends are noticed.
     pub(super) fn publish(
         self: &Rc<Self>,
         made: &[Rc<Sandbox>],
         event: &'static str,
         data: serde_json::Value,
     ) -> Result<(), ServiceError> {
-        for sandbox in made {
-            self.journal.append(&sandbox.tenant, &sandbox.id, event, data.clone())?;
+        self.record(made, Some((event, data)))?;
+        made.iter().for_each(|sandbox| self.know(sandbox));
+        Ok(())
+    }
+
+    /// Makes sandboxes known to the audit log, where there is an event, and to the registry (all or none).
+    #[allow(clippy::needless_pass_by_value)]
+    fn record(
+        &self,
+        made: &[Rc<Sandbox>],
+        event: Option<(&'static str, serde_json::Value)>,
+    ) -> Result<(), ServiceError> {
+        if let Some((event, data)) = event {
+            for sandbox in made {
+                self.journal.append(&sandbox.tenant, &sandbox.id, event, data.clone())?;
+            }
         }
         // They have used nothing yet: two files of /proc are not read for that.
         let rows: Vec<_> = made.iter().map(|sandbox| self.row_with(sandbox, Usage::default())).collect();
-        self.registry.put_runs(&rows)?;
-        for sandbox in made {
-            self.sandboxes.borrow_mut().insert(Rc::clone(&sandbox.id), Rc::clone(sandbox));
-            self.watch(sandbox);
-        }
-        Ok(())
+        Ok(self.registry.put_runs(&rows)?)
+    }
+
+    /// Makes a sandbox known to its tenant.
+    fn know(self: &Rc<Self>, sandbox: &Rc<Sandbox>) {
+        self.sandboxes.borrow_mut().insert(Rc::clone(&sandbox.id), Rc::clone(sandbox));
+        self.watch(sandbox);
     }
 
     /// What a tenant's request with this key has made and is still there, in the order of its making.
@@ -275,9 +340,9 @@ pub(super) fn identity(id: &str) -> std::io::Result<Identity> {
 
 /// From here on the guest is spoken to without blocking.
 pub(super) fn begin_conversation(begun: Begun) -> Result<Running, ServiceError> {
-    let Begun { going, pid, rendezvous } = begun;
-    let (socket, state) = going.agent.into_parts();
-    Ok(Running::new(going.worker, Conversation::start(socket, state)?, pid, rendezvous))
+    let Begun { worker, agent, pid, rendezvous } = begun;
+    let (socket, state) = agent.into_parts();
+    Ok(Running::new(worker, Conversation::start(socket, state)?, pid, rendezvous))
 }
 
 fn seconds(whole: u64) -> f64 {

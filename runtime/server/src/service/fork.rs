@@ -6,11 +6,11 @@ use super::{Service, ServiceError, ids};
 use crate::conversation::Paused;
 use crate::executor;
 use crate::places::Places;
-use crate::pool::Begun;
+use crate::pool::{Begun, Held};
 use crate::registry::MadeWith;
 use jiff::Timestamp;
 use peregrine_vmm::agent::Identity;
-use peregrine_vmm::worker::{MOST_CHILDREN, WorkerError};
+use peregrine_vmm::worker::{Going, MOST_CHILDREN, WorkerError};
 use serde_json::json;
 use std::rc::Rc;
 use std::time::Instant;
@@ -84,7 +84,8 @@ async fn fork_running(
             .map(|(child, (identity, id))| {
                 let (pid, rendezvous) = (child.pid(), places.make()?);
                 let going = child.begin_at(&identity, Some(&rendezvous))?;
-                Ok((id, Begun { going, pid, rendezvous }))
+                let Going { worker, agent, .. } = going;
+                Ok((id, Begun { worker: Held::new(worker), agent, pid, rendezvous }))
             })
             .collect()
     };

@@ -187,7 +187,7 @@ impl Service {
             loop {
                 tokio::time::sleep(SEAL_EVERY).await;
                 let Some(service) = sealing.upgrade() else { return };
-                executor::blocking(service.journal.seal()).await;
+                executor::in_the_background(service.journal.seal()).await;
             }
         });
         Ok(service)

@@ -8,6 +8,7 @@ use super::stream::Header;
 use super::templates::Shape;
 use super::{STREAMS, Service, ServiceError, Usage, WORKERS};
 use crate::conversation::{Conversation, Found, Tape};
+use crate::pool::Held;
 use crate::registry::{RegistryError, RunRow};
 use jiff::Timestamp;
 use peregrine_vmm::worker::{Attached, Rendezvous, Worker};
@@ -71,7 +72,7 @@ impl Service {
         let taped = taped.into_iter().flatten().collect();
         let (conversation, processes) = Conversation::rejoin(connection, (position, unread), taped)?;
         *sandbox.meter.borrow_mut() = Meter::taken_over(meter, pid);
-        sandbox.runs_on(Running::new(worker, conversation, pid, Rendezvous::of_worker(path)));
+        sandbox.runs_on(Running::new(Held::new(worker), conversation, pid, Rendezvous::of_worker(path)));
         self.journal.append(&sandbox.tenant, &sandbox.id, "sandbox.adopted", json!({}))?;
         self.sandboxes.borrow_mut().insert(Rc::clone(&sandbox.id), Rc::clone(&sandbox));
         self.watch(&sandbox);

@@ -123,11 +123,11 @@ impl Service {
             verified.map_err(|error| WorkerError::Refused(error.to_string()))?;
             Shell::make(&zygote, patience)?.park(&source, &places)
         };
-        let begun = match executor::blocking(park).await {
-            Ok(shell) => shell.begin(&identity, patience).await,
-            Err(error) => Err(error),
+        let begin = async {
+            let begun = executor::blocking(park).await?.begin(&identity)?;
+            begun.went(patience).await.map(|()| begun)
         };
-        begun.map_err(|error| match error {
+        begin.await.map_err(|error| match error {
             WorkerError::Refused(why) => ServiceError::SnapshotRefused(why),
             other => other.into(),
         })

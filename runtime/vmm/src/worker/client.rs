@@ -392,6 +392,26 @@ impl Worker {
         }
     }
 
+    /// Waits for the answer of a worker whose guest was told to go ([`Parked::start`]): [`Going::decoded_ns`] and
+    /// [`Going::first_exit_ns`].
+    ///
+    /// # Errors
+    /// What it said; the guest is gone.
+    pub fn went(&self) -> Result<(u64, u64), WorkerError> {
+        match in_time(receive(&self.control))?.0 {
+            Reply::Going { decoded_ns, first_exit_ns } => Ok((decoded_ns, first_exit_ns)),
+            other => Err(refused(other)),
+        }
+    }
+
+    /// Whether [`Worker::went`] need not wait.
+    ///
+    /// # Errors
+    /// If the kernel cannot say.
+    pub fn has_answered(&self) -> Result<bool, WorkerError> {
+        readable(&self.control)
+    }
+
     /// What its guest has cost.
     ///
     /// # Errors
@@ -523,19 +543,21 @@ impl Starting {
     /// # Errors
     /// What it said; the guest is gone.
     pub fn finish(self) -> Result<Going, WorkerError> {
-        match in_time(receive(&self.worker.control))?.0 {
-            Reply::Going { decoded_ns, first_exit_ns } => {
-                Ok(Going { worker: self.worker, agent: self.agent, decoded_ns, first_exit_ns })
-            }
-            other => Err(refused(other)),
-        }
+        let (decoded_ns, first_exit_ns) = self.worker.went()?;
+        Ok(Going { worker: self.worker, agent: self.agent, decoded_ns, first_exit_ns })
+    }
+
+    /// For who waits with [`Worker::went`], before the worker is asked anything else.
+    #[must_use]
+    pub fn into_parts(self) -> (Worker, Agent) {
+        (self.worker, self.agent)
     }
 }
 
-/// Readable when [`Starting::finish`] need not wait.
-impl AsFd for Starting {
+/// Readable when what is waited for need not be: the answer to what was asked, or the worker's end.
+impl AsFd for Worker {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.worker.control.as_fd()
+        self.control.as_fd()
     }
 }
 
