@@ -1,6 +1,7 @@
 //! Workers: one that is to end stands still until it does; one that is forked from a zygote knows what that has learned.
 #![allow(clippy::unwrap_used)]
 
+use peregrine_vmm::agent::{Command, Identity};
 use peregrine_vmm::arch::cmdline::gives_ring0;
 use peregrine_vmm::host::KvmKind;
 use peregrine_vmm::worker::{Going, Worker, WorkerError, Zygote};
@@ -15,6 +16,9 @@ use tests::{config, kvm_or_skip, peregrine};
 const LOOK: Duration = Duration::from_millis(20);
 /// Far longer than anything here takes.
 const PATIENCE_LOOKS: u32 = 3_000;
+
+/// sched(7).
+const SCHED_IDLE: i32 = 5;
 
 /// Looks until it is so.
 fn becomes(what: &str, mut so: impl FnMut() -> bool) {
@@ -133,6 +137,32 @@ fn a_guest_that_stood_back_for_its_creators_answer_has_its_share_again() {
     let mut going = go(parked);
     sh(&mut going.agent, "true");
     becomes("its vCPU is as others (SCHED_OTHER)", || scheduling(pid) == [(0, 0)]);
+}
+
+#[test]
+fn a_guest_that_stands_back_comes_forward_for_whoever_has_something_for_it() {
+    if !kvm_or_skip("a_guest_that_stands_back_comes_forward_for_whoever_has_something_for_it") {
+        return;
+    }
+    let (_turn, dir) = turn();
+    // Standing still it says nothing itself, and its worker, which was asked for that, waits no longer to bring it forward.
+    // A host that is slow lets it come so far that it has something to say.
+    let standing_back = || {
+        let parked = parked(&dir);
+        let pid = parked.pid();
+        becomes("its vCPU waits, and will come first", || scheduling(pid) == [(-10, 0)]);
+        let going = parked.begin(&Identity::fresh().unwrap()).unwrap();
+        going.worker.halt();
+        let stands_back = (0..50).any(|_| {
+            sleep(LOOK);
+            matches!(scheduling(pid)[..], [(_, SCHED_IDLE)])
+        });
+        stands_back.then_some((pid, going))
+    };
+    let (pid, mut going) = (0..5).find_map(|_| standing_back()).unwrap();
+    let command = Command::new(&["true"]);
+    going.agent.exec(&command).unwrap();
+    becomes("it is as others", || scheduling(pid) == [(0, 0)]);
 }
 
 #[test]

@@ -84,12 +84,15 @@ impl Service {
             let sandbox = self.settle(&id, tenant, spec.clone(), guest)?;
             sandbox.create.set(begun.elapsed());
             sandbox.made_with.replace(request.made_with.clone());
-            let data = json!({
-                "image": sandbox.spec.shape.image.name, "vcpus": sandbox.spec.shape.vcpus,
-                "mem_mib": sandbox.spec.shape.mem_mib, "pool_hit": hit,
-            });
-            let event = (!std::mem::replace(&mut recorded, true)).then_some(("sandbox.created", data));
-            self.record(std::slice::from_ref(&sandbox), event)?;
+            if !recorded {
+                let data = json!({
+                    "image": sandbox.spec.shape.image.name, "vcpus": sandbox.spec.shape.vcpus,
+                    "mem_mib": sandbox.spec.shape.mem_mib, "pool_hit": hit,
+                });
+                self.journal.append(tenant, &id, "sandbox.created", data)?;
+                recorded = true;
+            }
+            self.register(std::slice::from_ref(&sandbox))?;
             Ok(sandbox)
         };
         match self.begin(&template, &id, settle).await {
@@ -254,30 +257,24 @@ impl Service {
         Ok(Rc::new(sandbox))
     }
 
-    /// Makes sandboxes known: to the audit log and the registry, to their tenant. From then on their ends are noticed.
+    /// Makes sandboxes known: to the audit log, to the registry (all or none), to their tenant. From then on their
+    /// ends are noticed.
+    #[allow(clippy::needless_pass_by_value)]
     pub(super) fn publish(
         self: &Rc<Self>,
         made: &[Rc<Sandbox>],
         event: &'static str,
         data: serde_json::Value,
     ) -> Result<(), ServiceError> {
-        self.record(made, Some((event, data)))?;
+        for sandbox in made {
+            self.journal.append(&sandbox.tenant, &sandbox.id, event, data.clone())?;
+        }
+        self.register(made)?;
         made.iter().for_each(|sandbox| self.know(sandbox));
         Ok(())
     }
 
-    /// Makes sandboxes known to the audit log, where there is an event, and to the registry (all or none).
-    #[allow(clippy::needless_pass_by_value)]
-    fn record(
-        &self,
-        made: &[Rc<Sandbox>],
-        event: Option<(&'static str, serde_json::Value)>,
-    ) -> Result<(), ServiceError> {
-        if let Some((event, data)) = event {
-            for sandbox in made {
-                self.journal.append(&sandbox.tenant, &sandbox.id, event, data.clone())?;
-            }
-        }
+    fn register(&self, made: &[Rc<Sandbox>]) -> Result<(), ServiceError> {
         // They have used nothing yet: two files of /proc are not read for that.
         let rows: Vec<_> = made.iter().map(|sandbox| self.row_with(sandbox, Usage::default())).collect();
         Ok(self.registry.put_runs(&rows)?)

@@ -49,10 +49,13 @@ use vm_memory::{Bytes as _, GuestAddress};
 /// so a pulse is an interrupt; no irqfd needs registering, and a fork has none to rebuild.
 struct IrqLines {
     vm: Arc<VmFd>,
+    shared: Arc<Shared>,
 }
 
 impl Interrupt for IrqLines {
     fn raise(&self, gsi: u32) {
+        // Somebody has something for the guest, and may wait for it.
+        self.shared.come_forward();
         // An error here would mean that the VM is gone, and its guest with it.
         let _ = self.vm.set_irq_line(gsi, true).and_then(|()| self.vm.set_irq_line(gsi, false));
     }
@@ -268,7 +271,7 @@ impl MicroVm {
         let disks_bytes = sizes(&disks);
         let devices =
             DevicesConfig { disks, mmio_base: layout::VIRTIO_MMIO, first_gsi: layout::FIRST_GSI, states };
-        let lines = Arc::new(IrqLines { vm: Arc::clone(&vm) });
+        let lines = Arc::new(IrqLines { vm: Arc::clone(&vm), shared: Arc::clone(&shared) });
         let (bus, event_loop) = event_loop::start(event_loop, devices, mem.clone(), lines)?;
         let event_loop = Arc::new(event_loop);
         let agents = event_loop

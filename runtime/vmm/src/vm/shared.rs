@@ -79,6 +79,8 @@ pub(super) struct Firsts {
     pub(super) exit: Option<Instant>,
     /// The exit that says that it has read its mailbox.
     pub(super) taken: Option<Instant>,
+    /// Somebody waits for the former, and not for the latter.
+    exit_wanted: bool,
 }
 
 /// What the vCPU threads and the owner share.
@@ -160,8 +162,14 @@ impl Shared {
     }
 
     pub(crate) fn note_first_exit(&self) {
-        lock(&self.firsts).exit.get_or_insert_with(Instant::now);
-        self.exited.notify_all();
+        let wanted = {
+            let mut firsts = lock(&self.firsts);
+            firsts.exit.get_or_insert_with(Instant::now);
+            firsts.exit_wanted
+        };
+        if wanted {
+            self.exited.notify_all();
+        }
     }
 
     /// The guest has read its mailbox, on this vCPU. The others leave KVM_RUN to hear it, once: kicks are queued, and
@@ -186,7 +194,8 @@ impl Shared {
 
     /// When the guest made its first exit or, if it has a mailbox, the one with which it says that it has read that.
     pub(super) fn wait_first_exit(&self, mailbox: bool, timeout: Duration) -> Option<Instant> {
-        let guard = lock(&self.firsts);
+        let mut guard = lock(&self.firsts);
+        guard.exit_wanted = !mailbox;
         let of = |firsts: &Firsts| if mailbox { firsts.taken } else { firsts.exit };
         let waiting = |firsts: &mut Firsts| of(firsts).is_none();
         let (firsts, _) =
@@ -359,9 +368,12 @@ impl Shared {
 
     /// Opens the gate.
     pub(super) fn open(&self) {
-        let mut gate = lock(&self.gate);
-        gate.approach = false;
-        self.closed.store(false, Ordering::Release);
+        {
+            let mut gate = lock(&self.gate);
+            gate.approach = false;
+            self.closed.store(false, Ordering::Release);
+        }
+        // Who is woken wants the gate at once.
         self.gate_moved.notify_all();
     }
 

@@ -32,7 +32,7 @@ const NAME: &CStr = c"worker";
 const FIRST_EXIT_PATIENCE: Duration = Duration::from_secs(1);
 /// How long a guest that has been let go stands back behind whoever else has something to do: by then it mostly has its
 /// identity, which nobody waits for, and its creator has the answer.
-const STANDS_BACK: Duration = Duration::from_millis(10);
+const STANDS_BACK: Duration = Duration::from_millis(200);
 /// How long `Why` waits for the reason: a guest that shuts down closes its connections first.
 const REASON_PATIENCE: Duration = Duration::from_secs(1);
 
