@@ -1,6 +1,7 @@
 //! Which threads the host's scheduler prefers: a request must not wait for a guest that computes.
 
 use crate::sys::process::{Scheduling, ThreadId, schedule};
+use rustix::io::Errno;
 use rustix::process::Pid;
 use rustix::thread::{CpuSet, sched_getaffinity, sched_getcpu, sched_setaffinity};
 use std::io;
@@ -82,13 +83,22 @@ pub fn bring(pid: u32) -> io::Result<()> {
     for thread in std::fs::read_dir(format!("/proc/{pid}/task"))? {
         let name = thread?.file_name();
         let thread = name.to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
-        let before = sched_getaffinity(thread)?;
-        if thread.is_some() && before.is_set(here) {
-            let mut only = CpuSet::new();
-            only.set(here);
-            sched_setaffinity(thread, &only)?;
-            sched_setaffinity(thread, &before)?;
+        match thread.map_or(Ok(()), |thread| bring_thread(thread, here)) {
+            // It has ended meanwhile.
+            Ok(()) | Err(Errno::SRCH) => {}
+            Err(error) => return Err(error.into()),
         }
+    }
+    Ok(())
+}
+
+fn bring_thread(thread: Pid, here: usize) -> rustix::io::Result<()> {
+    let before = sched_getaffinity(Some(thread))?;
+    if before.is_set(here) {
+        let mut only = CpuSet::new();
+        only.set(here);
+        sched_setaffinity(Some(thread), &only)?;
+        sched_setaffinity(Some(thread), &before)?;
     }
     Ok(())
 }
@@ -108,16 +118,32 @@ pub(crate) fn let_in() {
 mod tests {
     use super::*;
     use crate::sys::process::scheduling;
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::process::{Child, Command};
 
-    /// Where a thread of this process is or waits (proc_pid_stat(5), `processor`).
-    fn processor(thread: ThreadId) -> usize {
-        let stat = std::fs::read_to_string(format!("/proc/self/task/{}/stat", thread.number())).unwrap();
-        stat.rsplit_once(')').unwrap().1.split_whitespace().nth(36).unwrap().parse().unwrap()
+    /// A process that computes until it is dropped.
+    struct Busy(Child);
+
+    impl Busy {
+        fn start() -> Self {
+            Self(Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap())
+        }
+
+        /// Where it runs or waits (proc_pid_stat(5), `processor`).
+        fn processor(&self) -> usize {
+            let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.0.id())).unwrap();
+            stat.rsplit_once(')').unwrap().1.split_whitespace().nth(36).unwrap().parse().unwrap()
+        }
+    }
+
+    impl Drop for Busy {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
     }
 
     #[test]
-    fn a_thread_that_runs_elsewhere_is_brought_here() {
+    fn a_process_that_runs_elsewhere_is_brought_here() {
         let all = sched_getaffinity(None).unwrap();
         let mut two = (0..CpuSet::MAX_CPU).filter(|cpu| all.is_set(*cpu));
         let (Some(mine), Some(theirs)) = (two.next(), two.next()) else { return };
@@ -126,31 +152,19 @@ mod tests {
             only.set(cpu);
             only
         };
-        let done = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            let (named, name) = std::sync::mpsc::channel();
-            let (done, all) = (&done, &all);
-            scope.spawn(move || {
-                sched_setaffinity(None, &only(theirs)).unwrap();
-                named.send(ThreadId::current()).unwrap();
-                while !done.load(Ordering::Relaxed) {}
-            });
-            let other = name.recv().unwrap();
-            let number = Pid::from_raw(other.number());
-            sched_setaffinity(None, &only(mine)).unwrap();
-            sched_setaffinity(number, all).unwrap();
-            // It may be taken back at once.
-            let came = (0..1000).any(|_| {
-                sched_setaffinity(number, &only(theirs)).unwrap();
-                sched_setaffinity(number, all).unwrap();
-                bring(std::process::id()).unwrap();
-                processor(other) == mine
-            });
-            let after = sched_getaffinity(number).unwrap();
-            done.store(true, Ordering::Relaxed);
-            assert!(came);
-            assert_eq!(after, *all, "and may go where it could before");
+        let busy = Busy::start();
+        let pid = Pid::from_child(&busy.0);
+        sched_setaffinity(None, &only(mine)).unwrap();
+        // It may be taken back at once.
+        let came = (0..100).any(|_| {
+            sched_setaffinity(Some(pid), &only(theirs)).unwrap();
+            sched_setaffinity(Some(pid), &all).unwrap();
+            bring(busy.0.id()).unwrap();
+            busy.processor() == mine
         });
+        sched_setaffinity(None, &all).unwrap();
+        assert!(came);
+        assert_eq!(sched_getaffinity(Some(pid)).unwrap(), all, "and may go where it could before");
         assert!(bring(u32::MAX).is_err());
     }
 

@@ -98,9 +98,12 @@ pub async fn went(worker: Option<&Worker>, patience: Duration, hurry: impl Fn())
             for times in 0..MOST_HURRIES {
                 tokio::select! {
                     ready = control.readable() => return ready.map(drop),
-                    waited = executor::nap(HURRY * (1 << times)) => waited?,
+                    waited = executor::nap(HURRY * (1 << times)) => match waited {
+                        Ok(()) => hurry(),
+                        // There is no descriptor for it: it waits without.
+                        Err(_) => break,
+                    },
                 }
-                hurry();
             }
             control.readable().await.map(drop)
         };

@@ -102,12 +102,6 @@ impl ThreadId {
         // SAFETY: it has no preconditions.
         Self(unsafe { libc::gettid() })
     }
-
-    /// Its number; 0 is the caller's.
-    #[cfg(test)]
-    pub(crate) fn number(self) -> i32 {
-        self.0
-    }
 }
 
 /// Sets it for a thread.

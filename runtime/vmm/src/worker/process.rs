@@ -30,8 +30,8 @@ use std::time::{Duration, Instant};
 const NAME: &CStr = c"worker";
 /// How long `Go` waits for the guest's first VM exit: a guest that computes makes none.
 const FIRST_EXIT_PATIENCE: Duration = Duration::from_secs(1);
-/// How long a guest that has been let go stands back behind whoever else has something to do: by then it mostly has its
-/// identity, which nobody waits for, and its creator has the answer.
+/// How long a guest that has been let go stands back behind whoever else has something to do, if there is nothing for it before:
+/// by then a hundred that began at once have most of their identities, which nobody waits for, and their creators have the answers.
 const STANDS_BACK: Duration = Duration::from_millis(200);
 /// How long `Why` waits for the reason: a guest that shuts down closes its connections first.
 const REASON_PATIENCE: Duration = Duration::from_secs(1);
