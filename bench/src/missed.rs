@@ -37,13 +37,6 @@ const MISSES: &[(&str, &str, &str)] = &[
         "vCPUs and memslots of common sizes made before the request, over reserved address space",
     ),
     (
-        "create over HTTP",
-        "from run to run 4.5 to 7.5 ms. Traces of 2,000 creates show above 3 ms: both processors of this VM standing still \
-         together (0.6 % of its time is stolen), its kernel's threads and other processes beside the client on one of two cores, \
-         and seldom a vCPU that KVM emulates and nobody interrupts: up to the host's next tick (4 ms)",
-        "a third core; a host of its own; a scheduler that looks more often than each 4 ms",
-    ),
-    (
         "live fork, pause",
         "the vCPU's stop and the capture of its state come before fork(2), which copies the page tables of all that \
          the worker has touched",

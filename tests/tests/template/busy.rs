@@ -84,8 +84,7 @@ fn a_timer_runs_on_in_a_clone_though_the_agent_is_on_another_cpu() {
     let wait = "until [ -s /tmp/sleeper ]; do sleep 0.1; done; echo $(< /tmp/sleeper)";
     assert_eq!(booted.said(&["bash", "-c", wait], b""), "begun\n");
     let mut clone = Clone::of(&booted.freeze(), &config(2, 192));
-    let looks =
-        "for i in {1..100}; do [ $(< /tmp/sleeper) = woken ] && break; sleep 0.2; done; cat /tmp/sleeper";
+    let looks = r#"for i in {1..100}; do [ "$(< /tmp/sleeper)" = woken ] && break; sleep 0.2; done; cat /tmp/sleeper"#;
     assert_eq!(clone.said(looks), "woken");
 }
 
