@@ -4,7 +4,7 @@
 use peregrine_vmm::agent::{Command, Identity};
 use peregrine_vmm::arch::cmdline::gives_ring0;
 use peregrine_vmm::host::KvmKind;
-use peregrine_vmm::worker::{Going, Worker, WorkerError, Zygote};
+use peregrine_vmm::worker::{Going, Parked, Worker, WorkerError, Zygote};
 use std::fs;
 use std::path::Path;
 use std::thread::sleep;
@@ -41,6 +41,14 @@ fn scheduling(pid: u32) -> Vec<(i32, i32)> {
         name.contains("(vcpu").then(|| (fields[16], fields[38]))
     };
     stats.filter_map(vcpu).collect()
+}
+
+/// A parked worker whose vCPU stands at the guest's mailbox, and will come first.
+fn waiting(dir: &Path) -> (Parked, u32) {
+    let parked = parked(dir);
+    let pid = parked.pid();
+    becomes("its vCPU waits, and will come first", || scheduling(pid) == [(-10, 0)]);
+    (parked, pid)
 }
 
 /// Processor time that a process has used, in clock ticks.
@@ -130,9 +138,7 @@ fn a_guest_that_stood_back_for_its_creators_answer_has_its_share_again() {
         return;
     }
     let (_turn, dir) = turn();
-    let parked = parked(&dir);
-    let pid = parked.pid();
-    becomes("its vCPU waits, and will come first", || scheduling(pid) == [(-10, 0)]);
+    let (parked, pid) = waiting(&dir);
     // Nobody asks its worker anything after that; its guest has made many an exit when it answers.
     let mut going = go(parked);
     sh(&mut going.agent, "true");
@@ -148,9 +154,7 @@ fn a_guest_that_stands_back_comes_forward_for_whoever_has_something_for_it() {
     // Standing still it says nothing itself, and its worker, which was asked for that, waits no longer to bring it forward.
     // A host that is slow lets it come so far that it has something to say.
     let standing_back = || {
-        let parked = parked(&dir);
-        let pid = parked.pid();
-        becomes("its vCPU waits, and will come first", || scheduling(pid) == [(-10, 0)]);
+        let (parked, pid) = waiting(&dir);
         let going = parked.begin(&Identity::fresh().unwrap()).unwrap();
         going.worker.halt();
         let stands_back = (0..50).any(|_| {

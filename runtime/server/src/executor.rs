@@ -53,7 +53,8 @@ pub async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'stat
 pub async fn nap(time: Duration) -> io::Result<()> {
     let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC)?;
     let once = Timespec::default();
-    let it_value = Timespec::try_from(time).map_err(io::Error::other)?;
+    // None at all would be for ever (timerfd_create(2)).
+    let it_value = Timespec::try_from(time.max(Duration::from_nanos(1))).map_err(io::Error::other)?;
     timerfd_settime(&timer, TimerfdTimerFlags::empty(), &Itimerspec { it_interval: once, it_value })?;
     // Unsound for a value that gives another descriptor each time; an owned one is always the same, and open.
     #[allow(deprecated)]

@@ -9,7 +9,7 @@ mod quiet;
 mod shell;
 
 pub use measure::Percentiles;
-pub use shell::{Begun, Held, Shell, went};
+pub use shell::{Begun, Held, Shell};
 
 use crate::executor;
 use crate::places::Places;

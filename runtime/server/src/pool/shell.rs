@@ -66,53 +66,45 @@ pub struct Begun {
     pub rendezvous: Rendezvous,
 }
 
-impl Begun {
-    /// Waits until its guest runs, `patience` at most.
-    ///
-    /// # Errors
-    /// What the worker said.
-    pub async fn went(&self, patience: Duration) -> Result<(), WorkerError> {
-        went(self.worker.get(), patience, || ()).await
-    }
-}
-
 /// A guest that is told to go runs after 0.1 to 0.2 ms, unless its worker has to wait for a processor. It is hurried then, and
 /// again after twice as long.
 const HURRY: Duration = Duration::from_micros(500);
 /// How often it is hurried.
 const MOST_HURRIES: u32 = 8;
 
-/// Waits until the guest of a worker that was told to let it go runs, `patience` at most; if that takes long, `hurry` is
-/// called now and then.
-///
-/// # Errors
-/// What the worker said.
-pub async fn went(worker: Option<&Worker>, patience: Duration, hurry: impl Fn()) -> Result<(), WorkerError> {
-    let worker = worker.ok_or_else(nothing)?;
-    if !worker.has_answered()? {
-        let control = worker.as_fd();
-        // Unsound for a value that gives another descriptor each time; a borrowed one is always the same, and open.
-        #[allow(deprecated)]
-        let control = AsyncFd::with_interest(control, Interest::READABLE)?;
-        let answered = async {
-            for times in 0..MOST_HURRIES {
-                tokio::select! {
-                    ready = control.readable() => return ready.map(drop),
-                    waited = executor::nap(HURRY * (1 << times)) => match waited {
-                        Ok(()) => hurry(),
-                        // There is no descriptor for it: it waits without.
-                        Err(_) => break,
-                    },
+impl Held<Worker> {
+    /// Waits until the guest of a worker that was told to let it go runs, `patience` at most; if that takes long, `hurry` is
+    /// called now and then.
+    ///
+    /// # Errors
+    /// What the worker said.
+    pub async fn went(&self, patience: Duration, hurry: impl Fn()) -> Result<(), WorkerError> {
+        let worker = self.get().ok_or_else(nothing)?;
+        if !worker.has_answered()? {
+            let control = worker.as_fd();
+            // Unsound for a value that gives another descriptor each time; a borrowed one is always the same, and open.
+            #[allow(deprecated)]
+            let control = AsyncFd::with_interest(control, Interest::READABLE)?;
+            let answered = async {
+                for times in 0..MOST_HURRIES {
+                    tokio::select! {
+                        ready = control.readable() => return ready.map(drop),
+                        waited = executor::nap(HURRY * (1 << times)) => match waited {
+                            Ok(()) => hurry(),
+                            // There is no descriptor for it: it waits without.
+                            Err(_) => break,
+                        },
+                    }
                 }
+                control.readable().await.map(drop)
+            };
+            match tokio::time::timeout(patience, answered).await {
+                Ok(ready) => ready?,
+                Err(_) => return Err(WorkerError::Stuck),
             }
-            control.readable().await.map(drop)
-        };
-        match tokio::time::timeout(patience, answered).await {
-            Ok(ready) => ready?,
-            Err(_) => return Err(WorkerError::Stuck),
         }
+        worker.went().map(drop)
     }
-    worker.went().map(drop)
 }
 
 impl Shell {
@@ -147,7 +139,7 @@ impl Shell {
         matches!(self.0.get(), Some(Stage::Parked(..)))
     }
 
-    /// Lets the guest go in a parked one; [`Begun::went`] is its answer.
+    /// Lets the guest go in a parked one; [`Held::went`] is its answer.
     ///
     /// # Errors
     /// What the worker said; it is gone.

@@ -255,6 +255,7 @@ impl Registry {
 fn fold_beside(path: &Path) {
     let path = path.to_owned();
     let folding = move || {
+        // Nobody waits for it.
         let _ = peregrine_vmm::priority::equal();
         loop {
             std::thread::sleep(CHECKPOINT_EVERY);

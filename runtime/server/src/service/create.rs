@@ -82,6 +82,7 @@ impl Service {
         let mut recorded = false;
         let settle = |guest, hit| {
             let sandbox = self.settle(&id, tenant, spec.clone(), guest)?;
+            // For the row, until that is written again.
             sandbox.create.set(begun.elapsed());
             sandbox.made_with.replace(request.made_with.clone());
             if !recorded {
@@ -166,9 +167,12 @@ impl Service {
     /// A sandbox that is recorded does not run after all, and nobody was told of it.
     fn unmake(&self, tenant: &str, id: &str, why: &ServiceError) {
         let data = json!({ "ran_ms": 0, "cpu_ms": 0, "why": why.to_string() });
-        // What cannot be written now the next daemon finds: a sandbox whose worker is gone.
+        // Says itself that it failed.
         let _ = self.journal.append(tenant, id, "sandbox.destroyed", data);
-        let _ = self.registry.forget_run(id);
+        if let Err(error) = self.registry.forget_run(id) {
+            // The next daemon finds a sandbox whose worker is gone.
+            tracing::error!(id, %error, "a sandbox that does not run stays in the registry");
+        }
     }
 
     /// A worker of the pool that stands ready: most do, the others are made so now.

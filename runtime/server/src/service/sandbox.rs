@@ -14,7 +14,7 @@ use super::ServiceError;
 use super::meter::{Meter, Usage};
 use super::templates::Shape;
 use crate::conversation::Conversation;
-use crate::pool::{Held, Pool, went};
+use crate::pool::{Held, Pool};
 use crate::registry::{MadeWith, RunRow};
 use jiff::Timestamp;
 use peregrine_vmm::worker::{Rendezvous, Worker, WorkerError};
@@ -64,9 +64,9 @@ impl Running {
         Self { worker: Arc::new(worker), rendezvous: Rc::new(rendezvous), conversation, pid }
     }
 
-    /// Waits until its guest, which was told to go, runs; see [`went`].
+    /// Waits until its guest, which was told to go, runs; see [`Held::went`].
     pub(super) async fn went(&self, patience: Duration, hurry: impl Fn()) -> Result<(), WorkerError> {
-        went(self.worker.get(), patience, hurry).await
+        self.worker.went(patience, hurry).await
     }
 
     /// Its rendezvous, as the registry keeps it: a name in the directory of all.

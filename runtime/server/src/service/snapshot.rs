@@ -125,7 +125,7 @@ impl Service {
         };
         let begin = async {
             let begun = executor::blocking(park).await?.begin(&identity)?;
-            begun.went(patience).await.map(|()| begun)
+            begun.worker.went(patience, || ()).await.map(|()| begun)
         };
         begin.await.map_err(|error| match error {
             WorkerError::Refused(why) => ServiceError::SnapshotRefused(why),
